@@ -1,0 +1,53 @@
+"""What travels through the house: Batch -> Features -> Losses.
+
+One legend of shape letters for the whole program: B studies on this rank, N on all ranks, V views, C H W,
+S encoder levels, D joint width, E text width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MISSING_TEXT = frozenset({"", "nan", "none", "n/a", "na", "null", "-", "."})
+
+
+def is_missing(text: object) -> bool:
+    """True for what people write where a report section is absent: nothing, blanks, NaN, a placeholder."""
+    return not isinstance(text, str) or text.strip().lower() in MISSING_TEXT
+
+
+class Batch(NamedTuple):
+    """One micro-batch, born complete in the loader."""
+
+    keys: list[str]
+    images: Tensor  # uint8 [B, V, 1, H, W]: grey, normalised by the image encoder, so no NaN can reach a BatchNorm
+    findings: Tensor  # float32 [B, E], frozen text embedding; zeros where absent
+    impression: Tensor  # float32 [B, E]
+    has_findings: Tensor  # bool [B]
+    has_impression: Tensor  # bool [B]
+    step: int  # the global step this batch belongs to: seeds the channel draws alike on every rank
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved)
+
+
+class Features(NamedTuple):
+    """What the model makes of a batch; every embedding has unit norm and is float32."""
+
+    image_impression: Tensor  # [B, V, D]
+    image_findings: Tensor | None  # [B, V, D], first channel draw; None where the model has no findings branch
+    view_findings: Tensor | None  # [B, V, D], second channel draw, for the view-to-view term
+    text_impression: Tensor  # [B, D]
+    text_findings: Tensor  # [B, D]
+
+
+class Losses(NamedTuple):
+    """Float32 scalars; total is the weighted sum of the four others."""
+
+    total: Tensor
+    image_impression: Tensor
+    image_findings: Tensor
+    views_impression: Tensor
+    views_findings: Tensor

@@ -1,0 +1,267 @@
+"""The run file: strict, typed, frozen. Every setting is a documented field, checked once, here at the door."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Folder = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Pair = Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class AugmentConfig(Section):
+    """The two training views. Lengths are fractions of the input size, angles degrees."""
+
+    crop_scale: Pair = (0.6, 1.0)  # share of the image's area a random crop keeps
+    horizontal_flip: float = Field(0.0, ge=0, le=1)  # reports name sides, so off by default
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    rotation: float = Field(10.0, ge=0, le=180)
+    perspective: float = Field(0.0, ge=0, le=1)  # distortion scale
+    perspective_p: float = Field(0.5, ge=0, le=1)
+    autocontrast: float = Field(0.5, ge=0, le=1)
+    brightness: float = Field(0.2, ge=0, le=1)  # jitter; 0 switches it off
+    contrast: float = Field(0.2, ge=0, le=1)
+
+
+class DataConfig(Section):
+    shards: Folder  # a folder made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`
+    train_split: str = "train"
+    val_split: str = "val"  # "" trains without validation
+    input_size: int = Field(224, ge=16)  # pixels the encoder sees
+    workers: int = Field(2, ge=0)  # decoding processes per rank; 0 decodes in the training process
+    impression_text: Literal["impression", "report"] = "impression"  # what the highest level is aligned with
+    max_skipped: int = Field(0, ge=0)  # damaged samples tolerated per epoch before the run stops
+    augment: AugmentConfig = AugmentConfig()
+
+
+class AggregationConfig(Section):
+    """The hierarchical aggregation block: channels of every level become tokens (method.md, section 2)."""
+
+    enabled: bool = True  # False: no findings branch at all
+    keep: Floats = (0.25, 0.15, 0.10, 0.10)  # share of each level's channels kept, one number per level
+    pool: int = Field(16, ge=1)  # a kept channel is pooled to pool x pool; a token is pool^2 wide
+    heads: int = Field(4, ge=1)
+    slots: int = Field(512, ge=1)  # learned positions for tokens, besides the one of the CLS token
+    with_replacement: bool = False  # as published: True
+    mask_padding: bool = True  # False attends to the zero tokens that fill up to `slots`, as published
+    eval_draws: int = Field(4, ge=1)  # fixed channel draws whose embeddings are averaged outside training
+
+
+class ModelConfig(Section):
+    image_encoder: str = "resnet50"  # any timm backbone with features_only
+    weights: str = "none"  # "none", "timm" (downloads), or a local file
+    image_mean: float = 0.5  # of pixels scaled to [0, 1]; saved with the model
+    image_std: float = Field(0.25, gt=0)
+    joint_dim: int = Field(512, ge=2)
+    image_hidden: int = Field(0, ge=0)  # hidden width of the impression head; 0: as wide as the last level
+    text_hidden: int = Field(1024, ge=1)
+    projection_norm: Literal["batch", "layer"] = "batch"  # "layer" needs no statistics, so fits bf16 and tiny batches
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    aggregation: AggregationConfig = AggregationConfig()
+
+
+class TermWeights(Section):
+    image_impression: float = Field(1.0, ge=0)  # summed over the two views
+    image_findings: float = Field(1.0, ge=0)
+    views_impression: float = Field(2.0, ge=0)  # the published program computes it twice
+    views_findings: float = Field(2.0, ge=0)
+
+
+class ObjectiveConfig(Section):
+    temperature: float = Field(0.07, gt=0.0)
+    views_temperature: float = Field(0.2, gt=0.0)
+    prior_strength: float = Field(0.2, ge=0)  # lambda; 0 is plain InfoNCE
+    target_norm: Literal["none", "row", "ref"] = "ref"
+    negatives: Literal["global", "local"] = "global"
+    backend: Literal["auto", "dense"] = "auto"
+    weights: TermWeights = TermWeights()
+
+
+class OptimConfig(Section):
+    name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "apex_fused_lamb"] = "auto"
+    lr: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: Pair = (0.9, 0.999)
+    decay_norm_and_bias: bool = False  # as published: True
+    schedule: Literal["cosine", "cosine_restarts"] = "cosine"
+    warmup_share: float = Field(0.05, ge=0, lt=1)  # of all steps
+    final_lr_share: float = Field(0.01, ge=0, le=1)  # the cosine ends at lr * this
+    restart_epochs: int = Field(20, ge=1)  # period of cosine_restarts
+    grad_clip: float = Field(1.0, ge=0)  # global norm; 0 switches it off
+
+
+class TrainConfig(Section):
+    epochs: int = Field(20, ge=1)
+    max_steps: int = Field(0, ge=0)  # 0: epochs decide
+    micro_batch_size: int = Field(128, ge=2)  # studies per rank and step
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_norm: Literal["auto", "sync", "mean", "freeze"] = "auto"  # auto: sync on CUDA, mean elsewhere
+    deepspeed: str = "zero1"  # a name in ds_configs/, or the path of a JSON file: ZeRO and communication only
+    resume: bool = False  # go on from the last good checkpoint of this run, if there is one
+    save_every: int = Field(0, ge=0)  # steps between checkpoints; 0: at the end of every epoch
+    keep_last: int = Field(2, ge=1)
+    eval_every: int = Field(1, ge=0)  # epochs between validations; 0: never
+    log_every: int = Field(10, ge=1)  # steps
+    images_every: int = Field(500, ge=0)  # steps between pictures in TensorBoard; 0: never
+    channels_last: bool = True
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Folder = Path("runs")  # the run lives in output_dir/name
+    preset: Literal["default", "paper"] = "default"
+    seed: int = Field(42, ge=0)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        weights = self.objective.weights
+        if not self.model.aggregation.enabled and (weights.image_findings or weights.views_findings):
+            raise ValueError(
+                "model.aggregation.enabled = False: without a findings branch, objective.weights.image_findings and "
+                "objective.weights.views_findings must be 0"
+            )
+        return self
+
+
+# What a preset changes; a run file is laid over it. `paper` is method.md sections 2 to 4 with only the crash fixed.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "data": {
+            "augment": {
+                "crop_scale": [0.7656, 0.7656],  # a 224 crop of 256 pixels
+                "horizontal_flip": 0.5,
+                "vertical_flip": 0.5,
+                "rotation": 30.0,
+                "perspective": 0.5,
+                "autocontrast": 0.5,
+                "brightness": 0.0,
+                "contrast": 0.0,
+            }
+        },
+        "model": {"aggregation": {"with_replacement": True, "mask_padding": False}},
+        "objective": {"negatives": "local", "target_norm": "none"},
+        "optim": {"schedule": "cosine_restarts", "warmup_share": 0.0, "decay_norm_and_bias": True, "grad_clip": 0.0},
+    },
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-4 as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML in which `2e-4` is a number. Never constructs Python objects."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def load_run_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file, lay `key.sub=value` overrides over it, and check every setting.
+
+    Raises FileNotFoundError or ValueError naming the key, the value and the rule.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file; run files that ship are in launch/runs/")
+    try:
+        values = load_yaml(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a mapping of settings, found {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return build_run_config(values)
+
+
+def build_run_config(values: dict[str, Any]) -> RunConfig:
+    """Check plain values (as parsed from YAML) laid over their preset."""
+    preset = values.get("preset", "default")
+    base = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    try:
+        return RunConfig.model_validate(_merged(base, values))
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The run file that reproduces this run: every setting written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key a run file may hold."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        section = _section_of(info.annotation)
+        names += setting_names(section, f"{prefix}{name}.") if section else [prefix + name]
+    return names
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ValueError(f"--set {override}: must be key=value, as in --set optim.lr=1e-4")
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is not None and not isinstance(child, dict):
+            raise ValueError(f"--set {override}: {parent} is a value, not a section")
+        node[parent] = node = dict(child or {})
+    node[leaf] = load_yaml(text)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key = value: rule`, with the nearest name for a misspelt key."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = RunConfig
+        for part in path[:-1]:
+            section = _section_of(section.model_fields[part].annotation) or section
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{key} is not a setting{hint}; {'.'.join(path[:-1]) or 'a run file'} has: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key}: must be given; add it to the run file or pass --set {key}=..."
+    rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key} = {error['input']!r}: {rule}" if key else rule
