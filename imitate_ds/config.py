@@ -94,12 +94,12 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "cosine_restarts"] = "cosine"
     warmup_share: float = Field(0.05, ge=0, lt=1)  # of all steps
     final_lr_share: float = Field(0.01, ge=0, le=1)  # the cosine ends at lr * this
-    restart_epochs: int = Field(20, ge=1)  # period of cosine_restarts
+    restart_epochs: int = Field(20, ge=0)  # 0 exports the initial weights  # period of cosine_restarts
     grad_clip: float = Field(1.0, ge=0)  # global norm; 0 switches it off
 
 
 class TrainConfig(Section):
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=0)  # 0 exports the initial weights
     max_steps: int = Field(0, ge=0)  # 0: epochs decide
     micro_batch_size: int = Field(128, ge=2)  # studies per rank and step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -158,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "model": {"aggregation": {"with_replacement": True, "mask_padding": False}},
         "objective": {"negatives": "local", "target_norm": "none"},
-        "optim": {"schedule": "cosine_restarts", "warmup_share": 0.0, "decay_norm_and_bias": True, "grad_clip": 0.0},
+        "optim": {"schedule": "cosine_restarts", "warmup_share": 0.0, "final_lr_share": 0.0, "decay_norm_and_bias": True, "grad_clip": 0.0},
     },
 }
 

@@ -1,0 +1,186 @@
+"""`imitate-ds`: one subcommand per entrance, no logic of its own."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from imitate_ds.config import load_yaml
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and describe tar shards.")
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure an exported model; writes results.json and report.html.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(evaluate_app, name="evaluate")
+console = Console()
+
+ModelFolder = Annotated[Path, typer.Option("--model", help="An export folder, as pretrain leaves it.")]
+ShardsFolder = Annotated[Path, typer.Option("--shards", help="A folder made by `shards build`, with embeddings.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Where results.json and report.html go.")]
+Split = Annotated[str, typer.Option("--split", help="The split that is scored.")]
+Protocol = Annotated[str, typer.Option("--protocol", help="strict, or reference (as papers did).")]
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", help="Run file (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+) -> None:
+    """Pre-train in one process; for several ranks: deepspeed --module imitate_ds.pretrain --config RUN.yaml"""
+    from imitate_ds.pretrain import main as pretrain_main
+
+    pretrain_main(["--config", str(config), *(part for item in override or [] for part in ("--set", item))])
+
+
+@shards_app.command("build")
+def shards_build(
+    source: Annotated[str, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")],
+    out: Annotated[Path, typer.Option("--out", help="Where tars and index.json go.")],
+    root: Annotated[Path | None, typer.Option("--root", help="The collection, in the layout it is downloaded in.")] = None,
+    image_size: Annotated[int, typer.Option("--image-size", help="Side of the stored square, pixels.")] = 256,
+    workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 2,
+    part: Annotated[str, typer.Option("--part", help="I/N: build the I-th of N parts (from 0), as a job array.")] = "0/1",
+    option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the source.")] = None,
+) -> None:
+    """Read a collection, write tar shards and their index."""
+    from imitate_ds.data.shards import build_shards
+    from imitate_ds.data.sources import open_source
+
+    collection = open_source(source, root, **_options(option or []))
+    report = build_shards(collection, out, image_size=image_size, workers=workers, part=_part(part))
+    _print_report(report)
+    console.print(f"next: imitate-ds shards embed {out} --text-encoder lsa", highlight=False)
+
+
+@shards_app.command("embed")
+def shards_embed(
+    folder: Path,
+    text_encoder: Annotated[str, typer.Option(help="lsa, or a Hugging Face name or folder.")] = "lsa",
+    dim: Annotated[int, typer.Option(help="Width of the lsa embedding.")] = 256,
+) -> None:
+    """Embed the report sections of every shard once, with a frozen text encoder."""
+    from imitate_ds.data.text_cache import embed_shards, fit_texts
+    from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
+
+    encoder = LsaEncoder.fit(fit_texts(folder), dim=dim) if text_encoder == "lsa" else load_text_encoder(text_encoder)
+    embed_shards(folder, encoder)
+    console.print(f"{folder}: embedded, {encoder.width} numbers a section, encoder {encoder.fingerprint}")
+
+
+@shards_app.command("verify")
+def shards_verify(folder: Path) -> None:
+    """Check every tar and sidecar against the index; status 1 when something is wrong."""
+    from imitate_ds.data.shards import verify_shards
+
+    problems = verify_shards(folder)
+    for problem in problems:
+        console.print(problem, markup=False)
+    console.print(f"{folder}: {len(problems)} problem(s)" if problems else f"{folder}: all shards verify")
+    raise typer.Exit(1 if problems else 0)
+
+
+@shards_app.command("stats")
+def shards_stats(
+    folder: Path,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw a few samples into this PNG.")] = None,
+) -> None:
+    """Sections present, words, duplicates, views, splits and labels. Prints counts, never a report."""
+    from imitate_ds.data.shard_stats import samples_picture, shard_stats
+
+    _print_report(shard_stats(folder))
+    if picture:
+        samples_picture(folder, picture)
+        console.print(f"picture: {picture} (patient data: keep it where the shards may be)")
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval(
+    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+) -> None:
+    """Image to report and report to image, at both levels: R@k by pair, P@k by label, with 95 % intervals by patient."""
+    from imitate_ds import evaluate
+
+    _show(evaluate.evaluate_retrieval(model, shards, out, split=split, protocol=protocol), out)
+
+
+@evaluate_app.command("zero-shot")
+def evaluate_zero_shot(
+    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+) -> None:
+    """AUROC of prompted classification, per label and macro, with 95 % intervals by patient."""
+    from imitate_ds import evaluate
+
+    _show(evaluate.evaluate_zero_shot(model, shards, out, split=split, protocol=protocol), out)
+
+
+@evaluate_app.command("probe")
+def evaluate_probe(
+    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+) -> None:
+    """Logistic regression on frozen pooled features, at 1, 10 and 100 % of the labels."""
+    from imitate_ds import evaluate
+
+    _show(evaluate.evaluate_probe(model, shards, out, split=split, protocol=protocol), out)
+
+
+def _show(result: dict, out: Path) -> None:
+    table = Table(title=f"{result['task']} ({result['protocol']} protocol)")
+    for column in ("metric", "value", "95 % interval", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, figure in result["metrics"].items():
+        value, low, high = (figure.get(part) for part in ("value", "low", "high"))
+        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        table.add_row(name, "not defined" if value is None else f"{value:.3f}", interval, str(figure.get("n", "")))
+    console.print(table)
+    console.print(f"written: {out / 'results.json'}, {out / 'report.html'}", highlight=False)
+
+
+def _print_report(report: dict) -> None:
+    """A nested dict of counts as one table."""
+    table = Table(show_header=False)
+    for name, value in _rows(report):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _rows(values: dict, prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _rows(value, f"{prefix}{name}: ")
+        else:
+            rows.append((prefix + str(name), f"{value:.3f}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+def _options(pairs: list[str]) -> dict[str, object]:
+    """key=value pairs, values read as YAML: studies=2400 is a number."""
+    options = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ValueError(f"--option {pair}: must be key=value, as in --option studies=1000")
+        options[key] = load_yaml(text)
+    return options
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        raise ValueError(f"--part {text}: must be I/N with 0 <= I < N, as in --part 0/8")
+    return int(number), int(of)
+
+
+def main() -> None:
+    """Run a command; what is wrong with the input is one clear line and status 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("IMITATE_DS_TRACEBACK"):
+            raise
+        console.print(f"imitate-ds: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)

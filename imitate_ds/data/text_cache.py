@@ -1,0 +1,147 @@
+"""Frozen text embeddings beside each shard: the text encoder never runs during training.
+
+The encoder is frozen in this method, so that embedding every section once is exact (method: IMITATE, 2023). A file holds
+the rows of one tar in the order of its members, and says which encoder and which tar it belongs to.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from imitate_ds.batch import is_missing
+from imitate_ds.data.shard_index import ShardEntry, ShardIndex, load_index, read_samples, read_shard, write_atomic
+
+FORMAT = "imitate_ds.text/1"
+TEXT_INDEX = "text.json"
+ENCODER_FOLDER = "text_encoder"
+AGAIN = "run 'imitate-ds shards embed'"
+
+
+class Encoder(Protocol):
+    """What embed_shards asks of a text encoder (models.text_encoder has them)."""
+
+    kind: str
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class TextCache(NamedTuple):
+    """Embeddings of one shard's samples, n rows in the order of its members; rows of missing text are zero."""
+
+    findings: Tensor  # float16 [n, E]
+    impression: Tensor  # float16 [n, E]
+    report: Tensor  # float16 [n, E], both sections in one text
+    has_findings: Tensor  # bool [n]
+    has_impression: Tensor  # bool [n]
+
+
+def fit_texts(root: Path) -> list[str]:
+    """Every section of the training reports, once per study: what a text encoder may be fitted on."""
+    index = load_index(root)
+    texts = {member.study: (meta["findings"], meta["impression"]) for member, _, meta in read_samples(index, "train")}
+    return [text for sections in texts.values() for text in sections if not is_missing(text)]
+
+
+def embed_shards(root: Path, encoder: Encoder, batch_size: int = 64) -> dict:
+    """Embed the reports of every shard, replacing what another encoder left, and return what text.json says."""
+    index = load_index(root)
+    (root / TEXT_INDEX).unlink(missing_ok=True)  # first, so that a killed run is seen as not embedded
+    for stale in root.glob(".*.text.safetensors.*.tmp"):
+        stale.unlink()
+    for shard in index.shards:
+        _embed_shard(index, shard, encoder, batch_size)
+    encoder.save(root / ENCODER_FOLDER)
+    values = {"format": FORMAT, "kind": encoder.kind, "encoder": encoder.fingerprint, "width": encoder.width}
+    values["build_id"] = index.build_id
+    write_atomic(root / TEXT_INDEX, json.dumps(values).encode())
+    return values
+
+
+def load_text_cache(root: Path, shard: ShardEntry) -> TextCache:
+    """The embeddings of one shard. Raises where there are none, or where they are of another encoder or build."""
+    info = text_info(root)
+    path = root / shard.text_name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no text embeddings; {AGAIN}")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT or metadata.get("shard_sha256") != shard.sha256:
+            raise ValueError(f"{path}: embeddings of another build of the shards; {AGAIN}")
+        if metadata.get("encoder") != info["encoder"]:
+            raise ValueError(f"{path}: embeddings of another encoder than {TEXT_INDEX} names; {AGAIN}")
+        tensors = {name: file.get_tensor(name) for name in TextCache._fields}
+    shapes = {tuple(tensors[name].shape) for name in ("findings", "impression", "report")}
+    if shapes != {(shard.samples, info["width"])}:
+        raise ValueError(f"{path}: embeddings of shape {shapes}, not {shard.samples} x {info['width']}; {AGAIN}")
+    has = {name: tensors[name].bool() for name in ("has_findings", "has_impression")}
+    return TextCache(**{**tensors, **has})
+
+
+def text_info(root: Path) -> dict:
+    """What text.json says: kind and fingerprint of the encoder, its width, and the build it embedded.
+
+    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build.
+    """
+    path = root / TEXT_INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{root}: no {TEXT_INDEX}, so no text embeddings; {AGAIN}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON; {AGAIN}") from None
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{path}: format must be {FORMAT}; {AGAIN}")
+    return values
+
+
+def text_width(root: Path) -> int:
+    """E, the width of the embeddings of a shard folder."""
+    return text_info(root)["width"]
+
+
+def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_size: int) -> None:
+    metas = [meta for _, _, meta in read_shard(index.root, shard)]
+    sections = {name: [_clean(meta[name]) for meta in metas] for name in ("findings", "impression")}
+    pairs = zip(sections["findings"], sections["impression"], strict=True)
+    sections["report"] = [" ".join(text for text in pair if text) for pair in pairs]
+    rows = _embed(encoder, [text for texts in sections.values() for text in texts], batch_size)
+    tensors = dict(zip(sections, rows.split(len(metas)), strict=True))
+    for name in ("findings", "impression"):
+        tensors[f"has_{name}"] = torch.tensor([bool(text) for text in sections[name]])
+    metadata = {"format": FORMAT, "encoder": encoder.fingerprint, "shard_sha256": shard.sha256}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    write_atomic(index.root / shard.text_name, data)
+
+
+def _embed(encoder: Encoder, texts: list[str], batch_size: int) -> Tensor:
+    """float16 [n, E]. Many reports read alike: each distinct text is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    place = {text: row for row, text in enumerate(distinct)}
+    rows = encoder.encode(distinct, batch_size=batch_size).half()
+    if not bool(rows.isfinite().all()):
+        raise ValueError("the text encoder gave numbers that float16 cannot hold (NaN or above 65504)")
+    return rows[[place[text] for text in texts]]
+
+
+def _clean(text: object) -> str:
+    return "" if is_missing(text) else str(text)
+
+
+def distinct_share(texts: Iterable[str]) -> float:
+    """The share of texts that are not a repetition."""
+    listed = list(texts)
+    return len(set(listed)) / max(1, len(listed))

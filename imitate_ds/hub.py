@@ -1,0 +1,345 @@
+"""What leaves the house: a folder of safetensors and JSON that others can load, and the model that comes back from it."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from imitate_ds.config import ModelConfig, RunConfig
+from imitate_ds.data.radiographs import load_radiograph, prepare_radiograph
+from imitate_ds.data.transforms import eval_view
+from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.text_encoder import TextEncoder, load_text_encoder
+
+FORMAT = "imitate_ds.model/1"
+CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
+BACKBONE, TEXT_ENCODER = "image_encoder.safetensors", "text_encoder"
+CARD_FIELDS = ("data", "synthetic", "image_size")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Branch = Literal["impression", "findings", "pooled"]
+Section = Literal["impression", "findings"]
+Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]  # label -> (texts that affirm it, texts that deny it)
+
+
+class ImageEmbeddings(NamedTuple):
+    """Float32 on the CPU: unit rows of both branches, and the pooled last level as it is."""
+
+    impression: Tensor  # [n, D]
+    findings: Tensor | None  # [n, D]; None where the model has no findings branch
+    pooled: Tensor  # [n, C]
+
+
+class PretrainedImitate:
+    """A trained model in evaluation mode, with the preprocessing and the text encoder it was trained with."""
+
+    def __init__(self, model: ImitateModel, settings: dict[str, Any], preprocessing: dict[str, Any], folder: Path):
+        self.model = model.eval()
+        self.settings = settings  # config.json
+        self.preprocessing = preprocessing  # preprocessor_config.json
+        self.folder = folder
+        self._text_encoder: TextEncoder | None = None
+
+    @property
+    def input_size(self) -> int:
+        return self.preprocessing["input_size"]
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen text encoder of the training run, loaded at first use."""
+        if self._text_encoder is None:
+            if not (self.folder / TEXT_ENCODER).is_dir():
+                raise FileNotFoundError(
+                    f"{self.folder}: no {TEXT_ENCODER}/ folder, so text cannot be encoded; "
+                    "export again with the shards' text encoder"
+                )
+            self._text_encoder = load_text_encoder(str(self.folder / TEXT_ENCODER))
+        return self._text_encoder
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> "PretrainedImitate":
+        self.model.to(device)
+        return self
+
+    def encode_image(
+        self, images: Sequence[str | Path] | Tensor, branch: Branch = "impression", batch_size: int = 64
+    ) -> Tensor:
+        """Embed radiographs: files of any format the shards are built from, or grey uint8 [B, 1, H, W].
+
+        Returns float32 [B, D] with unit rows, or for "pooled" the features [B, C] before any head.
+        """
+        if branch not in ("impression", "findings", "pooled"):
+            raise ValueError(f"branch = {branch!r}: must be 'impression', 'findings' or 'pooled'")
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        if not batches:
+            raise ValueError("images: must hold at least one radiograph")
+        rows = [getattr(self.embed_images(self.prepare(batch)), branch) for batch in batches]
+        if rows[0] is None:
+            raise ValueError("branch = 'findings': this model has no findings branch; it has 'impression' and 'pooled'")
+        return torch.cat(rows)
+
+    def prepare(self, images: Sequence[str | Path] | Tensor) -> Tensor:
+        """Files, or uint8 [B, 1, H, W], to what the encoder was trained on: uint8 [B, 1, input_size, input_size]."""
+        if isinstance(images, Tensor):
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
+                found = f"{images.dtype} {list(images.shape)}"
+                raise ValueError(f"images: a tensor must be grey uint8 [B, 1, H, W], found {found}")
+            return torch.stack([eval_view(image, self.input_size) for image in images])
+        if isinstance(images, (str, Path)):
+            raise ValueError("images: must be a list of files, not one; write [file]")
+        size = self.preprocessing["image_size"]
+        squares = [torch.from_numpy(prepare_radiograph(load_radiograph(Path(path)), size)) for path in images]
+        return torch.stack([eval_view(square[None], self.input_size) for square in squares])
+
+    @torch.inference_mode()
+    def embed_images(self, images: Tensor) -> ImageEmbeddings:
+        """All three embeddings of one prepared batch, uint8 [B, 1, input_size, input_size], in a single pass."""
+        impression, findings, pooled = self.model.encode_image(images.to(self.device))
+        return ImageEmbeddings(
+            normalize(impression.float()).cpu(),
+            None if findings is None else normalize(findings.float()).cpu(),
+            pooled.float().cpu(),
+        )
+
+    def encode_text(self, texts: Sequence[str], section: Section = "impression") -> Tensor:
+        """Embed report text into the space of the image branch of that name: float32 [n, D] with unit rows.
+
+        Both sections share one text projection in this method, so the same words give the same row for either.
+        """
+        if section not in ("impression", "findings"):
+            raise ValueError(f"section = {section!r}: must be 'impression' or 'findings'")
+        if isinstance(texts, str):
+            raise ValueError("texts: must be a list of texts, not one; write [text]")
+        return self.project_text(self.text_encoder.encode(texts))
+
+    @torch.inference_mode()
+    def project_text(self, embeddings: Tensor) -> Tensor:
+        """Frozen text embeddings [n, E] of this model's text encoder to unit rows [n, D], float32 on the CPU."""
+        rows = [self.model.encode_text(part.to(self.device).float()) for part in embeddings.split(4096)]
+        return normalize(torch.cat(rows).float()).cpu()
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Cosine similarities [n, m] of image rows [n, D] and text rows [m, D]."""
+        return images @ texts.T
+
+    def zero_shot(self, images: Sequence[str | Path] | Tensor, prompts: Prompts) -> dict[str, Tensor]:
+        """For each label the margin P(affirming) - P(denying) per image, in (-1, 1); 0 is undecided.
+
+        `prompts` maps a label to (texts that affirm it, texts that deny it); see imitate_ds.prompts for ready ones.
+        """
+        return self.zero_shot_scores(self.encode_image(images), prompts)
+
+    def zero_shot_scores(self, images: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+        """Like zero_shot, from rows [n, D] of the impression branch. No image's score depends on the others."""
+        return {label: self._margin(images, *sides) for label, sides in prompts.items()}
+
+    def _margin(self, images: Tensor, affirm: Sequence[str], deny: Sequence[str]) -> Tensor:
+        # an ensemble is the mean of its unit rows, normalised again; float64 so that sure images do not tie at 1
+        sides = [normalize(self.encode_text(texts).double().mean(0), dim=0) for texts in (affirm, deny)]
+        logits = images.double() @ torch.stack(sides, dim=1) / self.settings["temperature"]
+        shares = logits.softmax(dim=1)
+        return shares[:, 0] - shares[:, 1]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the same folder again, with the weights as they are now."""
+        text_encoder = self.folder / TEXT_ENCODER
+        _write_export(
+            Path(folder),
+            self.model,
+            self.settings,
+            self.preprocessing,
+            text_encoder if text_encoder.is_dir() else None,
+            (self.folder / CARD).read_text() if (self.folder / CARD).is_file() else "",
+        )
+
+
+def save_pretrained(
+    model: ImitateModel,
+    folder: str | Path,
+    *,
+    config: RunConfig,
+    text_encoder_folder: Path | None,
+    card: Mapping[str, Any],
+) -> None:
+    """Write the export folder: config, weights, preprocessing, text encoder, model card; whole or not at all.
+
+    `card` says what the model was trained on: data (name), synthetic (bool) and image_size (of the shards) must be
+    there; whatever else it holds (build_id, licence, steps, figures) is listed in the model card.
+    """
+    missing = [name for name in CARD_FIELDS if name not in card]
+    if missing:
+        raise ValueError(f"card: {', '.join(missing)} missing; it must hold {', '.join(CARD_FIELDS)}")
+    settings = {
+        "format": FORMAT,
+        "preset": config.preset,
+        "impression_text": config.data.impression_text,  # what the highest level was aligned with
+        "temperature": config.objective.temperature,
+        "text_width": model.text_width,
+        "input_size": config.data.input_size,
+        "data": card["data"],
+        "synthetic": bool(card["synthetic"]),
+        "model": config.model.model_dump(mode="json"),
+    }
+    preprocessing = {
+        "image_size": card["image_size"],
+        "input_size": config.data.input_size,
+        "image_mean": config.model.image_mean,  # of pixels scaled to [0, 1]
+        "image_std": config.model.image_std,
+        "fit": "crop constant borders, pad to a square with black, resize by area to image_size, then to input_size",
+        "channels": "grey",
+    }
+    _write_export(Path(folder), model, settings, preprocessing, text_encoder_folder, _model_card(settings, card))
+
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu") -> PretrainedImitate:
+    """Load an export: a local folder first, else a model id at the Hugging Face hub.
+
+    Raises FileNotFoundError when there is no such export, ValueError when it is not one that this version reads.
+    """
+    root = _local_folder(folder)
+    settings = _read_json(root / CONFIG)
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"{root / CONFIG}: format = {settings.get('format')!r}: must be {FORMAT!r}")
+    preprocessing = _read_json(root / PREPROCESSOR)
+    try:
+        config = ModelConfig.model_validate(settings["model"])
+        weights = load_file(root / WEIGHTS)
+        # the export brings all weights: nothing is to be fetched for the backbone again
+        plain = config.model_copy(update={"weights": "none"})
+        model = ImitateModel(plain, settings["text_width"], input_size=settings["input_size"])
+        model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{root}: damaged export, or one of another version: {error}; export the run again") from error
+    return PretrainedImitate(model, settings, preprocessing, root).to(device)
+
+
+def _local_folder(folder: str | Path) -> Path:
+    root = Path(folder)
+    if root.is_dir():
+        for name in (CONFIG, WEIGHTS, PREPROCESSOR):
+            if not (root / name).is_file():
+                raise FileNotFoundError(f"{root}: no {name}, so not an export; make one with 'imitate-ds export'")
+        return root
+    if not HUB_ID.fullmatch(str(folder)):
+        raise FileNotFoundError(f"{root}: no such folder; a run exports to runs/NAME/export, or use 'imitate-ds export'")
+    try:
+        safe = ["*.safetensors", "*.json", "*.txt", "*.md"]  # never a pickle
+        return Path(snapshot_download(str(folder), allow_patterns=safe))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{folder}: no such folder, and the hub gave no model of that name ({type(error).__name__}); "
+            "a run exports to runs/NAME/export"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; export the run again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _write_export(
+    folder: Path,
+    model: ImitateModel,
+    settings: dict[str, Any],
+    preprocessing: dict[str, Any],
+    text_encoder_folder: Path | None,
+    card: str,
+) -> None:
+    """Write beside the target and rename at the end, so that a killed export leaves the old one, or none."""
+    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: exists and is not an export; name another folder, or remove it")
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, part / WEIGHTS, metadata={"format": "pt"})
+        save_file(_timm_state(model), part / BACKBONE, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (part / PREPROCESSOR).write_text(json.dumps(preprocessing, indent=2) + "\n")
+        (part / CARD).write_text(card)
+        if text_encoder_folder is not None:
+            shutil.copytree(text_encoder_folder, part / TEXT_ENCODER)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _timm_state(model: ImitateModel) -> dict[str, Tensor]:
+    """The backbone's weights under the names of timm.create_model(name), which has no idea of features_only.
+
+    timm's feature extractor either wraps the network ("model.blocks.0...") or flattens its outer lists ("stages_0...").
+    """
+    state = {}
+    for name, tensor in model.image_encoder.backbone.state_dict().items():
+        plain = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name.removeprefix("model."))
+        state[plain] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def _model_card(settings: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    synthetic = "**synthetic** (procedural phantoms, no patients)" if settings["synthetic"] else "radiographs of people"
+    licence = card.get("licence", "follows the terms of the training data, which you must read before sharing them")
+    facts = {k: v for k, v in card.items() if k not in (*CARD_FIELDS, "licence")}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return f"""---
+license: other
+library_name: imitate-ds
+tags: [chest-x-ray, vision-language, imitate]
+---
+# {settings["model"]["image_encoder"]}, pre-trained by imitate-ds
+
+Hierarchical vision-language pre-training of a chest X-ray encoder, after "IMITATE: Clinical Prior Guided Hierarchical
+Vision-Language Pre-training" (Liu et al., 2025). Preset `{settings["preset"]}`.
+
+**Not for clinical use.** A research artefact: not a medical device, not validated for diagnosis, triage or treatment.
+
+| | |
+|---|---|
+| training data | {settings["data"]}: {synthetic} |
+| highest level aligned with | {settings["impression_text"]} |
+| radiographs stored at | {card["image_size"]} x {card["image_size"]} grey |
+| encoder input | {settings["input_size"]} x {settings["input_size"]} |
+{rows}
+## Intended use
+Research on representations of frontal chest radiographs: linear probes, fine-tuning, retrieval, prompted classification.
+It sees frontal views only, knows the population and the reporting habits of its training data and nothing else, and
+inherits their errors.
+
+## Licence
+Program: Apache-2.0. Weights: {licence}.
+
+## Use
+```python
+import imitate_ds
+model = imitate_ds.load_model("PATH/OF/THIS/FOLDER")
+v = model.encode_image(["a.dcm", "b.png"], branch="impression")
+t = model.encode_text(["No pleural effusion."], section="impression")
+model.similarity(v, t)
+```
+`image_encoder.safetensors` holds the backbone alone, under the names of `timm.create_model`.
+"""

@@ -1,0 +1,163 @@
+"""Figures of merit, and how sure one may be of them: retrieval ranks, AUROC, bootstrap over patients.
+
+Every statistic takes one weight per sample, so a bootstrap draw is a vector of how often each patient was drawn, and
+nothing is sorted or ranked again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Statistic = Callable[[np.ndarray], "np.ndarray | float"]  # weights [n] -> one figure, or several at once
+
+TIE = 1e-6  # cosine similarities closer than this are equal: it is what float32 rows can tell apart
+
+
+def positive_ranks(similarity: Tensor, query_groups: Tensor, candidate_groups: Tensor) -> Tensor:
+    """How many wrong candidates stand at or before the best right one: int64 [Q]; 0 means the first hit is right.
+
+    similarity [Q, K] of cosines; a candidate is right if its group (int64 [K]) is the query's (int64 [Q]).
+    Ties count against the query: of equally similar candidates the wrong ones come first.
+    """
+    right = query_groups[:, None] == candidate_groups[None, :]
+    if not right.any(dim=1).all():
+        raise ValueError("query_groups: every query must have at least one right candidate")
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best - TIE) & ~right).sum(dim=1)
+
+
+def recall_at_k(similarity: Tensor, query_groups: Tensor, candidate_groups: Tensor, *, k: int) -> float:
+    """Share of queries with a right candidate among the k most similar; see positive_ranks for groups and ties."""
+    return (positive_ranks(similarity, query_groups, candidate_groups) < k).double().mean().item()
+
+
+def chance_recall_at_k(right: np.ndarray, candidates: int, k: int) -> float:
+    """Expected R@k of a random order: right [Q] is how many of the candidates are right for each query."""
+    misses = np.ones(len(right))
+    for drawn in range(min(k, candidates)):
+        misses *= np.clip(candidates - right - drawn, 0, None) / (candidates - drawn)
+    return float(1 - misses.mean())
+
+
+def blind_recall_at_k(query_groups: np.ndarray, k: int) -> float:
+    """R@k of the best fixed answer, the same k groups for every query: what one gets without looking."""
+    sizes = np.unique(query_groups, return_counts=True)[1]
+    return float(np.sort(sizes)[::-1][:k].sum() / len(query_groups))
+
+
+def precision_at_k(similarity: Tensor, query_labels: Tensor, candidate_labels: Tensor, *, k: int) -> Tensor:
+    """Per query and class, the share of the k most similar candidates that have the class: float64 [Q, L].
+
+    similarity [Q, K]; labels bool [Q, L] and [K, L]. Entries whose query lacks the class are NaN. Equal candidates stand
+    in index order, so the figure is the same on every machine.
+    """
+    count = similarity.shape[1]
+    if not 1 <= k <= count:
+        raise ValueError(f"k = {k}: must be from 1 to the number of candidates, {count}")
+    steps = (similarity.double() / TIE).round()
+    order = torch.arange(count, dtype=torch.float64, device=similarity.device) / (2 * count)
+    top = (steps - order).topk(k, dim=1).indices
+    return candidate_labels[top].double().mean(dim=1).masked_fill(~query_labels, torch.nan)
+
+
+def mean_statistic(values: np.ndarray, base: np.ndarray | None = None) -> Statistic:
+    """The weighted mean of values [n] or of each column of [n, L], NaN entries left out; `base` [n] weighs samples too."""
+    table = values.reshape(len(values), -1)
+    known = ~np.isnan(table) * (1.0 if base is None else base[:, None])
+    filled = np.nan_to_num(table) * known
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        return _divide(weights @ filled, weights @ known)
+
+    return statistic
+
+
+def auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The weighted area under the ROC curve, as a function of weights [n]; NaN where only one class has weight.
+
+    labels [n]: 1, 0, or anything else (left out). A tie of a positive and a negative counts one half. Scores are sorted
+    here, once.
+    """
+    known = np.flatnonzero((labels == 0) | (labels == 1))
+    order = known[np.argsort(scores[known], kind="stable")]
+    positive = labels[order] == 1
+    ranked = scores[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=int)
+
+    def statistic(weights: np.ndarray) -> float:
+        if not len(order):
+            return float("nan")
+        here = weights[order].astype(np.float64)
+        positives = np.add.reduceat(here * positive, starts)
+        negatives = np.add.reduceat(here * ~positive, starts)
+        below = np.cumsum(negatives) - negatives
+        pairs = positives.sum() * negatives.sum()
+        return float(positives @ (below + negatives / 2) / pairs) if pairs else float("nan")
+
+    return statistic
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve of scores [n]; NaN if the labels [n] (1, 0; others left out) have one value only."""
+    return auroc_statistic(labels, scores)(np.ones(len(labels)))
+
+
+def macro_auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+    """AUROC of each of L columns, and last their mean: weights [n] -> [L + 1]. Columns not defined are left out of it."""
+    columns = [auroc_statistic(labels[:, i], scores[:, i]) for i in range(labels.shape[1])]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        values = np.array([column(weights) for column in columns])
+        return np.append(values, nan_mean(values))
+
+    return statistic
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray, points: int = 101) -> tuple[list[float], list[float]]:
+    """The ROC curve for a picture: false-positive rates at `points` even steps, and the true-positive rates there."""
+    known = (labels == 0) | (labels == 1)
+    order = np.argsort(-scores[known], kind="stable")
+    positive = labels[known][order] == 1
+    last_of_tie = np.r_[np.diff(scores[known][order]) != 0, True]
+    rates = [np.r_[0, np.cumsum(side)[last_of_tie] / max(side.sum(), 1)] for side in (~positive, positive)]
+    grid = np.linspace(0, 1, points)
+    # the curve is a staircase: take the highest point at each rate
+    right = np.searchsorted(rates[0], grid, side="right") - 1
+    return grid.round(4).tolist(), rates[1][right].round(4).tolist()
+
+
+def bootstrap_by_patient(
+    statistic: Statistic, patients: Sequence[str] | np.ndarray, draws: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of a statistic, patients drawn with replacement, all samples of one going together.
+
+    `patients` [n] names each sample's patient. Returns (low, high), each of the statistic's shape; draws in which a
+    figure is not defined are left out of its interval, and NaN is returned where that is all of them.
+    """
+    count, member = _patients(patients)
+    rng = np.random.default_rng(seed)
+    weights = (np.bincount(rng.integers(count, size=count), minlength=count)[member] for _ in range(draws))
+    values = np.array([statistic(w) for w in weights], dtype=np.float64)
+    defined = ~np.isnan(values).all(axis=0)
+    bounds = np.full((2, *values.shape[1:]), np.nan)
+    bounds[:, defined] = np.nanpercentile(values[:, defined], [2.5, 97.5], axis=0)
+    return bounds[0], bounds[1]
+
+
+def nan_mean(values: np.ndarray) -> float:
+    """The mean of what is defined; NaN, without a warning, if nothing is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def _patients(patients: Sequence[str] | np.ndarray) -> tuple[int, np.ndarray]:
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    if not len(names):
+        raise ValueError("patients: must name at least one")
+    return len(names), member
+
+
+def _divide(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)

@@ -1,0 +1,199 @@
+"""Frozen text encoders: a report section in, one vector out. They run once, before training, and at inference.
+
+Two kinds. A Hugging Face encoder, pooled at its first token, as IMITATE does with Bio_ClinicalBERT (Liu et al., 2023).
+And latent semantic analysis ("Indexing by latent semantic analysis", Deerwester et al., 1990), fitted on the training
+reports, for where no hub can be reached. Neither is ever pickled: a saved folder is JSON, safetensors and a tokenizer.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from imitate_ds.batch import is_missing
+
+DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
+DESCRIPTION = "imitate_text_encoder.json"
+MAX_TOKENS = 256
+# Words of two letters or more; `XXXX` and `___` are de-identification blanks and say nothing. "no" is a word that counts.
+WORD = r"\b(?!x{3,}\b)[^\W\d_]{2,}\b"
+MAX_TERMS = 30_000  # words and pairs of words; 30 MB of weights at dim = 256
+PROBE = "No acute Cardiopulmonary abnormality; XXXX ___ 2.5 cm."  # how a tokenizer cuts this is part of its fingerprint
+
+
+class LsaEncoder:
+    """TF-IDF of words and pairs of words, projected on the leading directions of the training reports; unit rows.
+
+    Make one with `LsaEncoder.fit` or `load_text_encoder`. A text without one known word becomes a zero row.
+    """
+
+    kind: Literal["lsa"] = "lsa"
+
+    def __init__(self, terms: Sequence[str], idf: Tensor, components: Tensor):
+        """terms, in column order; idf float32 [T]; components float32 [E, T]."""
+        self._terms, self._idf, self._components = list(terms), idf, components
+        self._vectorizer = _vectorizer(vocabulary={term: column for column, term in enumerate(terms)})
+        self._vectorizer.idf_ = idf.double().numpy()
+        self.width = components.shape[0]
+        self.fingerprint = _fingerprint(
+            {"kind": self.kind, "terms": self._terms}, {"idf": idf, "components": components}
+        )
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], dim: int = 256, seed: int = 0) -> "LsaEncoder":
+        """Fit on report sections, each a document. `width` is dim, or less where the texts have fewer directions.
+
+        Raises ValueError where fewer than two different texts, or no words, are given.
+        """
+        if dim < 2:
+            raise ValueError(f"dim = {dim}: must be at least 2")
+        known = [text for text in texts if not is_missing(text)]
+        if len(set(known)) < 2:
+            raise ValueError(f"lsa: {len(set(known))} different texts to fit on; must be at least 2")
+        # A term seen once says nothing about likeness, but a handful of reports has few terms seen twice.
+        vectorizer = _vectorizer(min_df=2 if len(known) >= 100 else 1, max_features=MAX_TERMS)
+        rows = vectorizer.fit_transform(known)
+        svd = TruncatedSVD(min(dim, *rows.shape), random_state=seed).fit(rows)
+        components = torch.from_numpy(np.ascontiguousarray(svd.components_, dtype=np.float32))
+        return cls(vectorizer.get_feature_names_out().tolist(), torch.from_numpy(vectorizer.idf_).float(), components)
+
+    @classmethod
+    def load(cls, folder: Path) -> "LsaEncoder":
+        tensors = load_file(folder / "lsa.safetensors")
+        return cls(json.loads((folder / "terms.json").read_text(encoding="utf-8")), **tensors)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """float32 [n, E]; a missing text is a zero row."""
+        return _encode_present(self._encode, self.width, texts, batch_size)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "terms.json").write_text(json.dumps(self._terms, ensure_ascii=False), encoding="utf-8")
+        save_file({"idf": self._idf, "components": self._components}, folder / "lsa.safetensors")
+        _describe(folder, {"kind": self.kind, "width": self.width, "fingerprint": self.fingerprint})
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        rows = self._vectorizer.transform(texts) @ self._components.double().numpy().T
+        return torch.nn.functional.normalize(torch.from_numpy(rows), dim=1).float()
+
+
+class HuggingFaceEncoder:
+    """A transformer of the hub, frozen, in eval mode and float32: the last layer's vector at the first token."""
+
+    kind: Literal["huggingface"] = "huggingface"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS):
+        self._model = model.eval().float().requires_grad_(False)
+        self._tokenizer = tokenizer
+        longest = getattr(model.config, "max_position_embeddings", max_tokens)
+        self._max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
+        self.width: int = model.config.hidden_size
+        about = {"kind": self.kind, "pooling": "cls", "max_tokens": self._max_tokens}
+        about |= {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(PROBE)["input_ids"]}
+        self.fingerprint = _fingerprint(about, model.state_dict())
+
+    @classmethod
+    def load(cls, name_or_folder: str, max_tokens: int = MAX_TOKENS) -> "HuggingFaceEncoder":
+        """Load from a local folder, the local cache, or the hub, in this order; onto the CUDA device where there is one.
+
+        Raises FileNotFoundError where it is in none of them.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+            model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
+        except OSError as error:
+            raise FileNotFoundError(_how_to_get(name_or_folder)) from error
+        return cls(model.to(_device()), tokenizer, max_tokens)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """float32 [n, E] on the CPU; a missing text is a zero row."""
+        return _encode_present(self._encode, self.width, texts, batch_size)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        about = {"kind": self.kind, "width": self.width, "max_tokens": self._max_tokens}
+        _describe(folder, {**about, "fingerprint": self.fingerprint})
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        tokens = self._tokenizer(
+            list(texts), truncation=True, max_length=self._max_tokens, padding=True, return_tensors="pt"
+        )
+        return self._model(**tokens.to(self._model.device)).last_hidden_state[:, 0].float().cpu()
+
+
+TextEncoder = LsaEncoder | HuggingFaceEncoder
+
+
+def load_text_encoder(name_or_folder: str) -> TextEncoder:
+    """A folder that `save` wrote, a folder with a Hugging Face model, or the name of one on the hub.
+
+    Raises FileNotFoundError where it is nowhere, ValueError where the folder is something else.
+    """
+    if name_or_folder == LsaEncoder.kind:
+        raise ValueError("text encoder = 'lsa': is fitted on the training reports; use 'imitate-ds shards embed'")
+    folder = Path(name_or_folder)
+    description = folder / DESCRIPTION
+    if not description.is_file():
+        return HuggingFaceEncoder.load(name_or_folder)
+    values: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+    if values.get("kind") == LsaEncoder.kind:
+        return LsaEncoder.load(folder)
+    if values.get("kind") == HuggingFaceEncoder.kind:
+        return HuggingFaceEncoder.load(name_or_folder, values["max_tokens"])
+    raise ValueError(f"{description}: kind = {values.get('kind')!r}: must be 'lsa' or 'huggingface'")
+
+
+def _vectorizer(**options: Any) -> TfidfVectorizer:
+    return TfidfVectorizer(token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True, **options)
+
+
+def _encode_present(
+    encode: Callable[[Sequence[str]], Tensor], width: int, texts: Sequence[str], batch_size: int
+) -> Tensor:
+    """Encode what is not missing, long texts first so that a batch holds texts of like length."""
+    rows = torch.zeros(len(texts), width)
+    present = [row for row, text in enumerate(texts) if not is_missing(text)]
+    present.sort(key=lambda row: len(texts[row]), reverse=True)
+    for start in range(0, len(present), batch_size):
+        chosen = present[start : start + batch_size]
+        rows[chosen] = encode([texts[row] for row in chosen])
+    return rows
+
+
+def _fingerprint(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """16 hex characters over settings and weights: equal for what gives equal embeddings."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _describe(folder: Path, values: dict[str, Any]) -> None:
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _device() -> torch.device:
+    wanted = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "") != "cpu"
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def _how_to_get(name: str) -> str:
+    return (
+        f"text encoder = {name!r}: not a folder with a Hugging Face model and tokenizer, and the hub has no such model or "
+        f"cannot be reached; where there is a network run 'hf download {name} --local-dir DIR' and pass DIR, or use 'lsa', "
+        "which needs no download"
+    )

@@ -1,0 +1,139 @@
+"""The loop, once, for pre-training and fine-tuning: it knows batches, steps and an engine, not what is learned."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from imitate_ds.distributed import max_over_ranks, mean_over_ranks, training_device, world
+from imitate_ds.training.engine import gradient_norm, set_learning_rate, set_training_mode
+from imitate_ds.training.monitor import Monitor, memory_mib
+
+
+class Movable(Protocol):
+    """A batch: knows which step it belongs to, its keys, and how to go to a device."""
+
+    keys: list[str]
+    step: int
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+class StepOutput(NamedTuple):
+    """What one step's forward gives the loop."""
+
+    loss: Tensor  # scalar with gradient
+    scalars: dict[str, Tensor]  # detached, on the device; averaged over ranks when logged
+    pictures: Callable[[], Mapping[str, Tensor]]  # called only when pictures are due, on rank 0
+
+
+class LoopSettings(NamedTuple):
+    seed: int
+    total_steps: int
+    batch_norm: str  # resolved policy
+    log_every: int
+    images_every: int
+
+
+def train_steps(
+    engine: Any,
+    batches: Iterable[Movable],
+    step_fn: Callable[[Any], StepOutput],
+    learning_rate: Callable[[int], float],
+    monitor: Monitor,
+    settings: LoopSettings,
+    after_step: Callable[[int], None],
+) -> None:
+    """Run one optimizer step for every batch. `after_step(done)` evaluates and saves when its time has come.
+
+    Raises FloatingPointError when a logged loss is not finite: nothing is saved after it.
+    """
+    device = training_device()
+    set_training_mode(engine.module, settings.batch_norm)
+    clock = _Clock()
+    for batch in clock.waiting_for(batches):
+        step = batch.step
+        # Random state is a function of the step, so a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + world().rank)
+        set_learning_rate(engine, learning_rate(step))
+        output = step_fn(batch.to(device))
+        engine.backward(output.loss)
+        engine.step()
+        done = step + 1
+        clock.samples += len(batch.keys) * world().size
+        if done % settings.log_every == 0 or done == settings.total_steps:
+            _log(engine, output, learning_rate(step), monitor, done, clock, device)
+        if settings.images_every and (step == 0 or done % settings.images_every == 0) and world().is_main:
+            monitor.pictures(done, output.pictures())
+        with clock.paused():
+            after_step(done)
+
+
+def _log(
+    engine: Any, output: StepOutput, lr: float, monitor: Monitor, done: int, clock: "_Clock", device: torch.device
+) -> None:
+    """One trip to the host for everything that is logged."""
+    names = sorted(output.scalars)
+    values = mean_over_ranks(torch.stack([output.scalars[name].detach().float() for name in names])).tolist()
+    scalars = dict(zip(names, values, strict=True))
+    if not all(map(_finite, values)):
+        bad = ", ".join(name for name, value in scalars.items() if not _finite(value))
+        raise FloatingPointError(
+            f"step {done}: {bad} is not finite; lower optim.lr, or use train.precision: fp32 to find where it starts"
+        )
+    rate, waiting = clock.read()
+    scalars |= {
+        "learning_rate": lr,
+        "gradient_norm": gradient_norm(engine),
+        "studies_per_second": rate,
+        "data_wait_share": max_over_ranks(waiting),
+        **memory_mib(device),
+    }
+    monitor.scalars(done, scalars, split="train")
+    monitor.progress(done, {"loss": scalars["loss"], "studies/s": rate, "lr": lr})
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+class _Clock:
+    """Studies per second and the share of time spent waiting for data since the last reading, pauses left out."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.began, self.samples, self.waited, self.pauses = time.perf_counter(), 0, 0.0, 0.0
+
+    def waiting_for(self, batches: Iterable[Movable]) -> Iterable[Movable]:
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+    def read(self) -> tuple[float, float]:
+        elapsed = max(1e-9, time.perf_counter() - self.began - self.pauses)
+        rate, waiting = self.samples / elapsed, min(1.0, self.waited / elapsed)
+        self._reset()
+        return rate, waiting
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.pauses += time.perf_counter() - self.since

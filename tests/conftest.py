@@ -1,0 +1,29 @@
+"""What several test modules share: the repository, and one small folder of phantom shards."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def phantom_shards(tmp_path_factory) -> Path:
+    """240 phantom studies at 64 px in shards of 48, embedded by LSA. Read only: copy it to damage it."""
+    from imitate_ds.data.shards import build_shards
+    from imitate_ds.data.sources.phantom import PhantomSource
+    from imitate_ds.data.text_cache import embed_shards, fit_texts
+    from imitate_ds.models.text_encoder import LsaEncoder
+
+    folder = tmp_path_factory.mktemp("phantom") / "shards"
+    source = PhantomSource(studies=240, seed=7, val_share=0.2)
+    build_shards(source, folder, image_size=64, workers=1, samples_per_shard=48, progress=False)
+    embed_shards(folder, LsaEncoder.fit(fit_texts(folder), dim=32, seed=0))
+    return folder

@@ -1,0 +1,107 @@
+"""Who may import whom (README, Architecture), read from the source with ast."""
+
+import ast
+from pathlib import Path
+
+# room -> rooms of ours it may import, by longest matching prefix
+MAY_IMPORT = {
+    "batch": set(),
+    "config": set(),
+    "distributed": set(),
+    "metrics": set(),
+    "prompts": set(),
+    "ops": {"distributed"},
+    "data": {"batch", "config", "distributed"},
+    "models": {"batch", "config"},
+    "objective": {"batch", "config", "distributed", "ops"},
+    "training": {"batch", "config", "distributed"},
+    "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
+    "report": {"metrics"},
+}
+ENTRANCES = {"pretrain", "finetune", "evaluate", "cli"}
+
+# third-party package -> the only modules that may import it
+ONLY_IN = {
+    "deepspeed": {"training.engine"},
+    "triton": {"ops.contrastive_triton"},
+    "webdataset": {"data.loader", "data.shards"},
+    "pydicom": {"data.radiographs"},
+    "pydantic": {"config"},
+    "yaml": {"config"},
+    "typer": {"cli"},
+    "timm": {"models"},
+    "transformers": {"models"},
+    "safetensors": {"hub", "data.text_cache", "models"},
+    "huggingface_hub": {"hub", "models"},
+    "pickle": set(),
+}
+
+
+def _modules(repository: Path) -> dict[str, ast.Module]:
+    package = repository / "imitate_ds"
+    modules = {}
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = ast.parse(path.read_text())
+    modules.pop("__init__", None)
+    return modules
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def test_arrows_go_down(repository):
+    modules = _modules(repository)
+    wrong = []
+    for module, tree in modules.items():
+        room = module.split(".")[0]
+        if room in ENTRANCES:
+            continue
+        assert room in MAY_IMPORT, f"imitate_ds.{module} is in no room of the house; give it one here and in the README"
+        for imported in _imports(tree):
+            ours = imported.removeprefix("imitate_ds.")
+            if imported.startswith("imitate_ds.") and ours in modules and not _within(ours, MAY_IMPORT[room] | {room}):
+                wrong.append(f"imitate_ds.{module} imports {imported}")
+    assert not wrong, wrong
+
+
+def test_nothing_imports_an_entrance_but_the_command_line(repository):
+    for module, tree in _modules(repository).items():
+        for imported in _imports(tree):
+            name = imported.removeprefix("imitate_ds.")
+            if imported.startswith("imitate_ds.") and _within(name, ENTRANCES):
+                assert module == "cli", f"imitate_ds.{module} imports {imported}"
+
+
+def test_third_parties_stay_in_their_room(repository):
+    for module, tree in _modules(repository).items():
+        for imported in _imports(tree):
+            package = imported.split(".")[0]
+            if package in ONLY_IN:
+                assert _within(module, ONLY_IN[package]), f"imitate_ds.{module} imports {package}"
+
+
+def test_only_distributed_names_torch_distributed(repository):
+    for module, tree in _modules(repository).items():
+        for imported in _imports(tree):
+            assert not imported.startswith("torch.distributed") or module == "distributed", f"{module}: {imported}"
+
+
+def test_nothing_is_unpickled(repository):
+    for module, tree in _modules(repository).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                assert safe, f"imitate_ds.{module}: torch.load without weights_only=True"

@@ -1,0 +1,77 @@
+"""The run file: presets, overrides, and errors that name key, value and rule."""
+
+import pytest
+
+from imitate_ds.config import build_run_config, dump_run_config, load_run_config, load_yaml, setting_names
+
+MINIMAL = {"name": "x", "data": {"shards": "shards/x"}}
+
+
+def message(values: dict) -> str:
+    with pytest.raises(ValueError) as caught:
+        build_run_config(values)
+    return str(caught.value)
+
+
+def test_every_misspelt_setting_is_refused_with_the_nearest_name():
+    for name in setting_names():
+        *parents, leaf = name.split(".")
+        values: dict = {**MINIMAL, "data": {**MINIMAL["data"]}}
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf + "x"] = 1
+        text = message(values)
+        assert f"{name}x is not a setting" in text
+        assert f"did you mean {leaf}?" in text
+
+
+def test_wrong_value_names_key_value_and_rule():
+    assert "optim.lr = -1.0: must be greater than 0" in message({**MINIMAL, "optim": {"lr": -1.0}})
+    assert "preset = 'papr'" in message({**MINIMAL, "preset": "papr"})
+    assert "train.epochs = 'many'" in message({**MINIMAL, "train": {"epochs": "many"}})
+    assert "data: must be given" in message({"name": "x"})
+
+
+def test_findings_terms_need_the_findings_branch():
+    assert "objective.weights.image_findings" in message({**MINIMAL, "model": {"aggregation": {"enabled": False}}})
+
+
+def test_run_file_over_preset_and_overrides_over_both(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\npreset: paper\ndata: {shards: s, augment: {rotation: 5.0}}\noptim: {lr: 1e-3}\n")
+    config = load_run_config(path, ["optim.weight_decay=2e-2", "data.augment.crop_scale=[0.5, 1.0]"])
+    assert config.optim.lr == 1e-3
+    assert config.optim.weight_decay == 2e-2
+    assert config.data.augment.rotation == 5.0
+    assert config.data.augment.vertical_flip == 0.5  # the preset's
+    assert config.data.augment.crop_scale == (0.5, 1.0)
+    assert config.objective.negatives == "local"
+
+
+def test_dumped_run_file_gives_the_same_run():
+    config = build_run_config({**MINIMAL, "preset": "paper"})
+    assert build_run_config(load_yaml(dump_run_config(config))) == config
+
+
+def test_bad_override_and_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="launch/runs"):
+        load_run_config(tmp_path / "none.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\ndata: {shards: s}\n")
+    with pytest.raises(ValueError, match="must be key=value"):
+        load_run_config(path, ["optim.lr"])
+    with pytest.raises(ValueError, match="is a value, not a section"):
+        load_run_config(path, ["name.first=1"])
+
+
+def test_yaml_never_builds_objects():
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        load_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_every_run_file_that_ships_is_valid(repository):
+    run_files = sorted((repository / "launch" / "runs").glob("*.yaml"))
+    assert len(run_files) >= 6
+    for path in run_files:
+        assert load_run_config(path).name == path.stem
