@@ -32,7 +32,7 @@ demo: setup shards/phantom/text.json
 	@echo "Next: your own data. README.md, 'Real data'."
 
 shards/phantom/index.json: | setup
-	$(BIN)/imitate-ds shards build phantom --out shards/phantom --option studies=2400
+	$(BIN)/imitate-ds shards build phantom --out shards/phantom --option studies=2400 --option val_share=0.15
 
 shards/phantom/text.json: shards/phantom/index.json
 	$(BIN)/imitate-ds shards embed shards/phantom --text-encoder lsa

@@ -40,10 +40,14 @@ def pretrain(
 def shards_build(
     source: Annotated[str, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")],
     out: Annotated[Path, typer.Option("--out", help="Where tars and index.json go.")],
-    root: Annotated[Path | None, typer.Option("--root", help="The collection, in the layout it is downloaded in.")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="The collection, in the layout it is downloaded in.")
+    ] = None,
     image_size: Annotated[int, typer.Option("--image-size", help="Side of the stored square, pixels.")] = 256,
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 2,
-    part: Annotated[str, typer.Option("--part", help="I/N: build the I-th of N parts (from 0), as a job array.")] = "0/1",
+    part: Annotated[
+        str, typer.Option("--part", help="I/N: build the I-th of N parts (from 0), as a job array.")
+    ] = "0/1",
     option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the source.")] = None,
 ) -> None:
     """Read a collection, write tar shards and their index."""

@@ -21,24 +21,24 @@ class AugmentConfig(Section):
     """The two training views. Lengths are fractions of the input size, angles degrees."""
 
     crop_scale: Pair = (0.6, 1.0)  # share of the image's area a random crop keeps
-    horizontal_flip: float = Field(0.0, ge=0, le=1)  # reports name sides, so off by default
-    vertical_flip: float = Field(0.0, ge=0, le=1)
-    rotation: float = Field(10.0, ge=0, le=180)
-    perspective: float = Field(0.0, ge=0, le=1)  # distortion scale
-    perspective_p: float = Field(0.5, ge=0, le=1)
-    autocontrast: float = Field(0.5, ge=0, le=1)
-    brightness: float = Field(0.2, ge=0, le=1)  # jitter; 0 switches it off
-    contrast: float = Field(0.2, ge=0, le=1)
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)  # reports name sides, so off by default
+    vertical_flip: float = Field(default=0.0, ge=0, le=1)
+    rotation: float = Field(default=10.0, ge=0, le=180)
+    perspective: float = Field(default=0.0, ge=0, le=1)  # distortion scale
+    perspective_p: float = Field(default=0.5, ge=0, le=1)
+    autocontrast: float = Field(default=0.5, ge=0, le=1)
+    brightness: float = Field(default=0.2, ge=0, le=1)  # jitter; 0 switches it off
+    contrast: float = Field(default=0.2, ge=0, le=1)
 
 
 class DataConfig(Section):
     shards: Folder  # a folder made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`
     train_split: str = "train"
     val_split: str = "val"  # "" trains without validation
-    input_size: int = Field(224, ge=16)  # pixels the encoder sees
-    workers: int = Field(2, ge=0)  # decoding processes per rank; 0 decodes in the training process
+    input_size: int = Field(default=224, ge=16)  # pixels the encoder sees
+    workers: int = Field(default=2, ge=0)  # decoding processes per rank; 0 decodes in the training process
     impression_text: Literal["impression", "report"] = "impression"  # what the highest level is aligned with
-    max_skipped: int = Field(0, ge=0)  # damaged samples tolerated per epoch before the run stops
+    max_skipped: int = Field(default=0, ge=0)  # damaged samples tolerated per epoch before the run stops
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -47,38 +47,38 @@ class AggregationConfig(Section):
 
     enabled: bool = True  # False: no findings branch at all
     keep: Floats = (0.25, 0.15, 0.10, 0.10)  # share of each level's channels kept, one number per level
-    pool: int = Field(16, ge=1)  # a kept channel is pooled to pool x pool; a token is pool^2 wide
-    heads: int = Field(4, ge=1)
-    slots: int = Field(512, ge=1)  # learned positions for tokens, besides the one of the CLS token
+    pool: int = Field(default=16, ge=1)  # a kept channel is pooled to pool x pool; a token is pool^2 wide
+    heads: int = Field(default=4, ge=1)
+    slots: int = Field(default=512, ge=1)  # learned positions for tokens, besides the one of the CLS token
     with_replacement: bool = False  # as published: True
     mask_padding: bool = True  # False attends to the zero tokens that fill up to `slots`, as published
-    eval_draws: int = Field(4, ge=1)  # fixed channel draws whose embeddings are averaged outside training
+    eval_draws: int = Field(default=4, ge=1)  # fixed channel draws whose embeddings are averaged outside training
 
 
 class ModelConfig(Section):
     image_encoder: str = "resnet50"  # any timm backbone with features_only
     weights: str = "none"  # "none", "timm" (downloads), or a local file
     image_mean: float = 0.5  # of pixels scaled to [0, 1]; saved with the model
-    image_std: float = Field(0.25, gt=0)
-    joint_dim: int = Field(512, ge=2)
-    image_hidden: int = Field(0, ge=0)  # hidden width of the impression head; 0: as wide as the last level
-    text_hidden: int = Field(1024, ge=1)
+    image_std: float = Field(default=0.25, gt=0)
+    joint_dim: int = Field(default=512, ge=2)
+    image_hidden: int = Field(default=0, ge=0)  # hidden width of the impression head; 0: as wide as the last level
+    text_hidden: int = Field(default=1024, ge=1)
     projection_norm: Literal["batch", "layer"] = "batch"  # "layer" needs no statistics, so fits bf16 and tiny batches
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     aggregation: AggregationConfig = AggregationConfig()
 
 
 class TermWeights(Section):
-    image_impression: float = Field(1.0, ge=0)  # summed over the two views
-    image_findings: float = Field(1.0, ge=0)
-    views_impression: float = Field(2.0, ge=0)  # the published program computes it twice
-    views_findings: float = Field(2.0, ge=0)
+    image_impression: float = Field(default=1.0, ge=0)  # summed over the two views
+    image_findings: float = Field(default=1.0, ge=0)
+    views_impression: float = Field(default=2.0, ge=0)  # the published program computes it twice
+    views_findings: float = Field(default=2.0, ge=0)
 
 
 class ObjectiveConfig(Section):
-    temperature: float = Field(0.07, gt=0.0)
-    views_temperature: float = Field(0.2, gt=0.0)
-    prior_strength: float = Field(0.2, ge=0)  # lambda; 0 is plain InfoNCE
+    temperature: float = Field(default=0.07, gt=0.0)
+    views_temperature: float = Field(default=0.2, gt=0.0)
+    prior_strength: float = Field(default=0.2, ge=0)  # lambda; 0 is plain InfoNCE
     target_norm: Literal["none", "row", "ref"] = "ref"
     negatives: Literal["global", "local"] = "global"
     backend: Literal["auto", "dense"] = "auto"
@@ -87,38 +87,37 @@ class ObjectiveConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "apex_fused_lamb"] = "auto"
-    lr: float = Field(2e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: Pair = (0.9, 0.999)
     decay_norm_and_bias: bool = False  # as published: True
     schedule: Literal["cosine", "cosine_restarts"] = "cosine"
-    warmup_share: float = Field(0.05, ge=0, lt=1)  # of all steps
-    final_lr_share: float = Field(0.01, ge=0, le=1)  # the cosine ends at lr * this
-    restart_epochs: int = Field(20, ge=0)  # 0 exports the initial weights  # period of cosine_restarts
-    grad_clip: float = Field(1.0, ge=0)  # global norm; 0 switches it off
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)  # of all steps
+    final_lr_share: float = Field(default=0.01, ge=0, le=1)  # the cosine ends at lr * this
+    restart_epochs: int = Field(default=20, ge=0)  # 0 exports the initial weights  # period of cosine_restarts
+    grad_clip: float = Field(default=1.0, ge=0)  # global norm; 0 switches it off
 
 
 class TrainConfig(Section):
-    epochs: int = Field(20, ge=0)  # 0 exports the initial weights
-    max_steps: int = Field(0, ge=0)  # 0: epochs decide
-    micro_batch_size: int = Field(128, ge=2)  # studies per rank and step
+    epochs: int = Field(default=20, ge=0)  # 0 exports the initial weights
+    max_steps: int = Field(default=0, ge=0)  # 0: epochs decide
+    micro_batch_size: int = Field(default=128, ge=2)  # studies per rank and step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_norm: Literal["auto", "sync", "mean", "freeze"] = "auto"  # auto: sync on CUDA, mean elsewhere
     deepspeed: str = "zero1"  # a name in ds_configs/, or the path of a JSON file: ZeRO and communication only
     resume: bool = False  # go on from the last good checkpoint of this run, if there is one
-    save_every: int = Field(0, ge=0)  # steps between checkpoints; 0: at the end of every epoch
-    keep_last: int = Field(2, ge=1)
-    eval_every: int = Field(1, ge=0)  # epochs between validations; 0: never
-    log_every: int = Field(10, ge=1)  # steps
-    images_every: int = Field(500, ge=0)  # steps between pictures in TensorBoard; 0: never
-    channels_last: bool = True
+    save_every: int = Field(default=0, ge=0)  # steps between checkpoints; 0: at the end of every epoch
+    keep_last: int = Field(default=2, ge=1)
+    eval_every: int = Field(default=1, ge=0)  # epochs between validations; 0: never
+    log_every: int = Field(default=10, ge=1)  # steps
+    images_every: int = Field(default=500, ge=0)  # steps between pictures in TensorBoard; 0: never
 
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Folder = Path("runs")  # the run lives in output_dir/name
     preset: Literal["default", "paper"] = "default"
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     data: DataConfig
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -158,7 +157,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "model": {"aggregation": {"with_replacement": True, "mask_padding": False}},
         "objective": {"negatives": "local", "target_norm": "none"},
-        "optim": {"schedule": "cosine_restarts", "warmup_share": 0.0, "final_lr_share": 0.0, "decay_norm_and_bias": True, "grad_clip": 0.0},
+        "optim": {
+            "schedule": "cosine_restarts",
+            "warmup_share": 0.0,
+            "final_lr_share": 0.0,
+            "decay_norm_and_bias": True,
+            "grad_clip": 0.0,
+        },
     },
 }
 

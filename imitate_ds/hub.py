@@ -235,7 +235,9 @@ def _local_folder(folder: str | Path) -> Path:
                 raise FileNotFoundError(f"{root}: no {name}, so not an export; make one with 'imitate-ds export'")
         return root
     if not HUB_ID.fullmatch(str(folder)):
-        raise FileNotFoundError(f"{root}: no such folder; a run exports to runs/NAME/export, or use 'imitate-ds export'")
+        raise FileNotFoundError(
+            f"{root}: no such folder; a run exports to runs/NAME/export, or use 'imitate-ds export'"
+        )
     try:
         safe = ["*.safetensors", "*.json", "*.txt", "*.md"]  # never a pickle
         return Path(snapshot_download(str(folder), allow_patterns=safe))

@@ -4,14 +4,18 @@ Every statistic takes one weight per sample, so a bootstrap draw is a vector of 
 nothing is sorted or ranked again.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Statistic = Callable[[np.ndarray], "np.ndarray | float"]  # weights [n] -> one figure, or several at once
+Figures = dict[str, dict[str, Any]]  # metric -> {value, low, high, n, ...}
 
+DRAWS, SEED = 1000, 0  # of the bootstrap
 TIE = 1e-6  # cosine similarities closer than this are equal: it is what float32 rows can tell apart
 
 
@@ -62,7 +66,7 @@ def precision_at_k(similarity: Tensor, query_labels: Tensor, candidate_labels: T
     return candidate_labels[top].double().mean(dim=1).masked_fill(~query_labels, torch.nan)
 
 
-def mean_statistic(values: np.ndarray, base: np.ndarray | None = None) -> Statistic:
+def mean_statistic(values: np.ndarray, base: np.ndarray | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The weighted mean of values [n] or of each column of [n, L], NaN entries left out; `base` [n] weighs samples too."""
     table = values.reshape(len(values), -1)
     known = ~np.isnan(table) * (1.0 if base is None else base[:, None])
@@ -104,7 +108,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return auroc_statistic(labels, scores)(np.ones(len(labels)))
 
 
-def macro_auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Statistic:
+def macro_auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """AUROC of each of L columns, and last their mean: weights [n] -> [L + 1]. Columns not defined are left out of it."""
     columns = [auroc_statistic(labels[:, i], scores[:, i]) for i in range(labels.shape[1])]
 
@@ -129,7 +133,7 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, points: int = 101) -> tupl
 
 
 def bootstrap_by_patient(
-    statistic: Statistic, patients: Sequence[str] | np.ndarray, draws: int = 1000, seed: int = 0
+    statistic: Statistic, patients: Sequence[str] | np.ndarray, draws: int = DRAWS, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % percentile interval of a statistic, patients drawn with replacement, all samples of one going together.
 
@@ -144,6 +148,12 @@ def bootstrap_by_patient(
     bounds = np.full((2, *values.shape[1:]), np.nan)
     bounds[:, defined] = np.nanpercentile(values[:, defined], [2.5, 97.5], axis=0)
     return bounds[0], bounds[1]
+
+
+def figure(value: float, low: float = math.nan, high: float = math.nan, *, n: int, **more: Any) -> dict[str, Any]:
+    """One metric as results.json has it, from n samples; None where it, or its interval, is not defined."""
+    numbers = {"value": value, "low": low, "high": high}
+    return {k: round(float(v), 6) if math.isfinite(v) else None for k, v in numbers.items()} | {"n": n, **more}
 
 
 def nan_mean(values: np.ndarray) -> float:

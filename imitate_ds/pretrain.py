@@ -65,13 +65,11 @@ def pretrain(config: RunConfig) -> dict[str, float]:
 
     def after_step(done: int) -> None:
         last = done == horizon.total_steps
-        epoch_end = done % horizon.steps_per_epoch == 0
-        every = config.train.save_every or horizon.steps_per_epoch
-        validates = config.train.eval_every and epoch_end and done // horizon.steps_per_epoch % config.train.eval_every == 0
-        saves = last or done % every == 0
+        saves = last or done % (config.train.save_every or horizon.steps_per_epoch) == 0
+        validates = bool(config.data.val_split) and _validation_is_due(done, horizon, config.train.eval_every)
         if validates or saves:
             average_batch_norm_statistics(engine.module)
-        if config.data.val_split and (validates or (last and config.train.eval_every)):
+        if validates:
             metrics.update(validate(engine, config, index))
             monitor.scalars(done, metrics, split="val")
             monitor.say(f"step {done}: " + "  ".join(f"val {k} {v:.3f}" for k, v in metrics.items()))
@@ -109,13 +107,12 @@ def plan_horizon(config: RunConfig, index: ShardIndex) -> Horizon:
     total = per_epoch * config.train.epochs
     if config.train.max_steps:
         total = min(total, config.train.max_steps)
-    samples = sum(plan.shard_sizes)
-    return Horizon(samples, config.train.micro_batch_size * world().size, per_epoch, total)
+    return Horizon(plan.samples, config.train.micro_batch_size * world().size, per_epoch, total)
 
 
 @torch.no_grad()
 def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, float]:
-    """Retrieval on the validation split at both levels, duplicate texts grouped; the same figure on any number of ranks."""
+    """Retrieval on the validation split at both levels, duplicate texts grouped; the same on any number of ranks."""
     here = world()
     engine.module.eval()
     parts: dict[str, list[Tensor]] = {}
@@ -133,10 +130,20 @@ def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, flo
     for batch in loader:
         features: Features = engine(batch.to(training_device()))
         rows = {
-            "impression": (features.image_impression[:, 0], features.text_impression, batch.impression, batch.has_impression),
+            "impression": (
+                features.image_impression[:, 0],
+                features.text_impression,
+                batch.impression,
+                batch.has_impression,
+            ),
         }
         if features.image_findings is not None:
-            rows["findings"] = (features.image_findings[:, 0], features.text_findings, batch.findings, batch.has_findings)
+            rows["findings"] = (
+                features.image_findings[:, 0],
+                features.text_findings,
+                batch.findings,
+                batch.has_findings,
+            )
         for level, tensors in rows.items():
             for name, tensor in zip(("image", "text", "prior", "valid"), tensors, strict=True):
                 parts.setdefault(f"{level}/{name}", []).append(gather_rows(tensor.to(training_device())).cpu())
@@ -153,6 +160,18 @@ def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, flo
             metrics[f"{level}/image_to_text_R@{k}"] = recall_at_k(similarity, groups, groups, k=k)
             metrics[f"{level}/text_to_image_R@{k}"] = recall_at_k(similarity.T, groups, groups, k=k)
     return metrics
+
+
+def _retrieval_rows(features: Features, batch: Batch) -> dict[str, Tensor]:
+    """level/{image, text, prior, valid} -> rows [B, ...] of one validation batch."""
+    image, text = features.image_impression[:, 0], features.text_impression
+    rows = {"image": image, "text": text, "prior": batch.impression, "valid": batch.has_impression}
+    named = {f"impression/{name}": tensor for name, tensor in rows.items()}
+    if features.image_findings is not None:
+        image, text = features.image_findings[:, 0], features.text_findings
+        rows = {"image": image, "text": text, "prior": batch.findings, "valid": batch.has_findings}
+        named |= {f"findings/{name}": tensor for name, tensor in rows.items()}
+    return named
 
 
 def export(engine: Any, config: RunConfig, index: ShardIndex, horizon: Horizon) -> None:
@@ -172,6 +191,12 @@ def export(engine: Any, config: RunConfig, index: ShardIndex, horizon: Horizon) 
         }
         encoder = config.data.shards / "text_encoder"
         hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+
+
+def _validation_is_due(done: int, horizon: Horizon, every: int) -> bool:
+    """At the end of every `every`-th epoch and of the run; 0: never."""
+    epochs, rest = divmod(done, horizon.steps_per_epoch)
+    return every > 0 and (done == horizon.total_steps or (rest == 0 and epochs % every == 0))
 
 
 def _step(engine: Any, config: RunConfig, batch: Batch) -> StepOutput:

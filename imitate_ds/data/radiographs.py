@@ -5,7 +5,7 @@ No message here holds a path or a DICOM header value, for both can carry patient
 
 import errno
 import io
-import math
+import struct
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,20 +98,20 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if find_spec("pydicom") is None:
         raise ModuleNotFoundError("reading DICOM needs pydicom: pip install 'imitate-ds[dicom]'", name="pydicom")
     import pydicom
-    from pydicom.errors import InvalidDicomError
-    from pydicom.pixels import apply_modality_lut
+    from pydicom.pixels.processing import apply_modality_lut
+    from pydicom.uid import ImplicitVRLittleEndian
 
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        dataset.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian)
         _check_dicom(dataset)
         pixels = dataset.pixel_array
-        if dataset.SamplesPerPixel == 3:
+        if pixels.ndim == 3:
             return np.asarray(Image.fromarray(pixels).convert("L"))
-        values = apply_modality_lut(pixels, dataset)
-        grey = _windowed(values, dataset)
-    except (AttributeError, KeyError, TypeError, EOFError, OSError, InvalidDicomError) as error:
+        grey = _windowed(apply_modality_lut(pixels, dataset), dataset)
+    except (AttributeError, LookupError, TypeError, EOFError, OSError, struct.error, zlib.error) as error:
         raise ValueError(f"damaged DICOM file ({type(error).__name__})") from None
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # pydicom: no decoder is installed, or it failed; NotImplementedError is one of these
         name = dataset.file_meta.TransferSyntaxUID.name
         raise ValueError(f"DICOM pixels in {name!r} cannot be decoded; try pip install 'imitate-ds[dicom]'") from None
     return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
@@ -121,6 +121,8 @@ def _check_dicom(dataset: "Dataset") -> None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
         raise ValueError(f"DICOM file has {frames} frames; a radiograph has one")
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        raise ValueError("DICOM file has PALETTE COLOR pixels; a radiograph is MONOCHROME1, MONOCHROME2 or RGB")
     _check_pixel_count(int(dataset.Rows) * int(dataset.Columns))
 
 
@@ -129,7 +131,7 @@ def _windowed(values: np.ndarray, dataset: "Dataset") -> np.ndarray:
 
     Without a usable one (absent, empty, of width 0, or leaving a single grey level) the percentiles decide.
     """
-    from pydicom.pixels import apply_voi_lut
+    from pydicom.pixels.processing import apply_voi_lut
 
     if not np.isfinite(values).all():
         raise ValueError("image has values that are not finite")
@@ -142,8 +144,11 @@ def _windowed(values: np.ndarray, dataset: "Dataset") -> np.ndarray:
 
 
 def _has_window(dataset: "Dataset") -> bool:
-    center, width = (np.atleast_1d(dataset.get(name) or math.nan)[0] for name in ("WindowCenter", "WindowWidth"))
-    return math.isfinite(float(center)) and float(width) >= 1
+    """Whether the first of the windows has a centre and a width; DICOM asks for a width of 1 at least."""
+    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    if center in (None, "") or width in (None, ""):
+        return False
+    return bool(np.isfinite(np.float64(np.ravel(center)[0])) and np.float64(np.ravel(width)[0]) >= 1)
 
 
 def content_box(pixels: np.ndarray) -> ContentBox:
@@ -152,9 +157,14 @@ def content_box(pixels: np.ndarray) -> ContentBox:
         raise ValueError(f"expected grey uint8 [H, W], not {pixels.dtype} {list(pixels.shape)}")
     if pixels.size == 0 or int(pixels.max()) - int(pixels.min()) <= BORDER_TOLERANCE:
         raise ValueError("image has one pixel value")
-    top, bottom = _content_rows(pixels)
-    left, right = _content_rows(pixels[top:bottom].T)
-    return ContentBox(top, bottom, left, right)
+    top, left = 0, 0
+    content = pixels
+    for _ in range(2):  # a print shows a white frame around the black one of the film
+        start, stop = _content_rows(content)
+        content, top = content[start:stop], top + start
+        start, stop = _content_rows(content.T)
+        content, left = content[:, start:stop], left + start
+    return ContentBox(top, top + content.shape[0], left, left + content.shape[1])
 
 
 def _content_rows(pixels: np.ndarray) -> tuple[int, int]:

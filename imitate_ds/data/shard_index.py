@@ -91,17 +91,12 @@ def load_index(root: Path) -> ShardIndex:
         raise ValueError(f"{path}: not valid JSON; build again with 'imitate-ds shards build'") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}; build again with 'imitate-ds shards build'")
-    shards = tuple(_entry(shard) for shard in values["shards"])
-    _check_files(root, shards)
-    return ShardIndex(
-        root=root,
-        source=values["source"],
-        synthetic=values["synthetic"],
-        image_size=values["image_size"],
-        build_id=values["build_id"],
-        labels=tuple(values["labels"]),
-        shards=shards,
-    )
+    try:
+        index = _index(root, values)
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not a complete index; build again with 'imitate-ds shards build'") from None
+    _check_files(index)
+    return index
 
 
 def load_report(root: Path) -> dict:
@@ -145,6 +140,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     scratch.replace(path)
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _hash(*parts: str, size: int) -> str:
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=size).hexdigest()
 
@@ -155,6 +155,18 @@ def _read_at(file, name: str, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise ValueError(f"{name}: ends before byte {offset + size}; check it with 'imitate-ds shards verify'")
     return data
+
+
+def _index(root: Path, values: dict) -> ShardIndex:
+    return ShardIndex(
+        root=root,
+        source=values["source"],
+        synthetic=values["synthetic"],
+        image_size=values["image_size"],
+        build_id=values["build_id"],
+        labels=tuple(values["labels"]),
+        shards=tuple(_entry(shard) for shard in values["shards"]),
+    )
 
 
 def _entry(values: dict) -> ShardEntry:
@@ -169,9 +181,15 @@ def _why_no_index(root: Path) -> str:
     return f"{root}: no {INDEX}; build one with 'imitate-ds shards build'"
 
 
-def _check_files(root: Path, shards: tuple[ShardEntry, ...]) -> None:
-    for shard in shards:
-        path = root / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            state = "shorter or longer than" if path.is_file() else "missing, but named in"
-            raise ValueError(f"{path}: {state} the index; copy it again, or build again in an empty folder")
+def _check_files(index: ShardIndex) -> None:
+    for shard in index.shards:
+        path = index.root / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: named in {INDEX}, but missing; copy it again, or build in an empty folder"
+            )
+        if path.stat().st_size != shard.bytes:
+            raise ValueError(
+                f"{path}: has {path.stat().st_size} bytes, {INDEX} says {shard.bytes}; copy it again, or build in an "
+                "empty folder"
+            )

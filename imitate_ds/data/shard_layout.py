@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from imitate_ds.batch import is_missing
@@ -62,6 +62,11 @@ def plan_layout(source: Source, *, image_size: int, samples_per_shard: int) -> L
 
 def frontal(study: Study) -> tuple[RadiographRef, ...]:
     return tuple(image for image in study.radiographs if image.view_position == "frontal")
+
+
+def frontal_pairs(studies: Iterable[Study]) -> Iterator[tuple[Study, RadiographRef]]:
+    """Every frontal radiograph with its study: the samples to be."""
+    return ((study, image) for study in studies for image in frontal(study))
 
 
 def _check_splits(source: str, studies: list[Study]) -> None:

@@ -31,6 +31,7 @@ class ShardPlan:
         window: int = 8,
         groups: np.ndarray | None = None,
     ):
+        self.shard_sizes = tuple(shard_sizes)
         self.samples = sum(shard_sizes)
         if self.samples < global_batch_size:
             raise ValueError(

@@ -5,31 +5,22 @@ index, and its notes tell the next one which tars are done; with `part` several 
 whoever finishes last writes the index. Every tar is the same bytes whoever writes it.
 """
 
-import hashlib
-import io
 import json
 import logging
 import multiprocessing
 import os
 import secrets
 import shutil
-import sys
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
-from webdataset import TarWriter
+from webdataset.writer import TarWriter
 
-from imitate_ds.batch import is_missing
-from imitate_ds.data.radiographs import decode_radiograph, prepare_radiograph
+from imitate_ds.data.progress import shown
 from imitate_ds.data.shard_index import (
     BUILDING,
     FORMAT,
@@ -38,6 +29,7 @@ from imitate_ds.data.shard_index import (
     ShardEntry,
     ShardIndex,
     build_id,
+    file_sha256,
     group_hash,
     load_index,
     load_report,
@@ -46,9 +38,11 @@ from imitate_ds.data.shard_index import (
     sample_key,
     write_atomic,
 )
-from imitate_ds.data.shard_layout import Layout, ShardTask, frontal, plan_layout
-from imitate_ds.data.sources.base import RadiographRef, Source, Study
-from imitate_ds.data.text_cache import TEXT_INDEX, load_text_cache
+from imitate_ds.data.shard_layout import Layout, ShardTask, frontal_pairs, plan_layout
+from imitate_ds.data.shard_sample import encode_sample, error_rule
+from imitate_ds.data.shard_stats import shard_stats
+from imitate_ds.data.shard_verify import verify_shards
+from imitate_ds.data.sources.base import Source
 
 __all__ = [
     "Member",
@@ -62,12 +56,12 @@ __all__ = [
     "read_member",
     "read_samples",
     "sample_key",
+    "shard_stats",
     "verify_shards",
 ]
 
 log = logging.getLogger(__name__)
 
-JPEG_QUALITY = 95
 PLAN = "plan.json"
 UNREADABLE = "no readable frontal radiograph"
 
@@ -92,8 +86,7 @@ def build_shards(
     layout = plan_layout(source, image_size=image_size, samples_per_shard=samples_per_shard)
     _open_notes(out, source, layout, image_size)
     todo = [task for task in layout.tasks[part[0] :: part[1]] if not _is_done(out, task.name)]
-    shown = _shown(_run(todo, out, workers), len(todo), progress)
-    for note in shown:
+    for note in shown(_run(todo, out, workers), len(todo), "building shards", progress):
         for key, rule in note["unreadable"].items():
             log.warning("sample %s dropped: unreadable image: %s", key, rule)
     if all(_note(out, task.name).is_file() for task in layout.tasks) or (out / INDEX).is_file():
@@ -106,44 +99,35 @@ def merge_parts(out: Path) -> dict:
 
     Raises FileNotFoundError where nothing was built, ValueError where shards are missing.
     """
-    if (out / INDEX).is_file():  # another part came first
+    if (out / INDEX).is_file():
         return load_report(out)
-    if not (out / BUILDING / PLAN).is_file():
-        raise FileNotFoundError(f"{out}: no unfinished build here; start one with 'imitate-ds shards build'")
-    plan = _read(out / BUILDING / PLAN)
-    missing = [name for name in plan["shards"] if not _note(out, name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{out}: {len(missing)} of {len(plan['shards'])} shards are not built; run the parts that are missing"
-        )
-    notes = [_read(_note(out, name)) for name in plan["shards"]]
-    shards = [note["shard"] for note in notes if note["shard"]]
-    if not shards:
-        raise ValueError(f"{out}: not one radiograph could be read: {_report(plan['report'], notes)['dropped_images']}")
+    try:
+        plan = _read(out / BUILDING / PLAN)
+        notes = [_read(_note(out, name)) for name in plan["shards"] if _note(out, name).is_file()]
+    except FileNotFoundError:
+        if (out / INDEX).is_file():  # another part came first just now
+            return load_report(out)
+        raise FileNotFoundError(f"{out}: no unfinished build here; start one with 'imitate-ds shards build'") from None
+    if len(notes) < len(plan["shards"]):
+        rest = len(plan["shards"]) - len(notes)
+        raise ValueError(f"{out}: {rest} of {len(plan['shards'])} shards are not built; run the parts that are missing")
     report = _report(plan["report"], notes)
-    entries = tuple(ShardEntry(**shard) for shard in shards)
-    labels = sorted({label for note in notes for label in note["labels"]})
-    values = {"format": FORMAT, **plan["header"], "build_id": build_id(entries), "labels": labels}
-    values |= {"shards": shards, "report": report}
-    write_atomic(out / INDEX, json.dumps(values).encode())
+    if not report["kept"]:
+        shutil.rmtree(out / BUILDING)
+        raise ValueError(
+            f"source {plan['header']['source']}: not one radiograph was usable: {report['dropped_images']}"
+        )
+    _write_index(out, plan["header"], notes, report)
     shutil.rmtree(out / BUILDING, ignore_errors=True)  # another part may be doing the same
     return report
 
 
-def verify_shards(root: Path) -> list[str]:
-    """Read every byte of a shard folder again; one line per problem, none where all is well.
-
-    Raises what load_index raises where there is nothing to verify.
-    """
-    index = load_index(root)
-    problems: list[str] = []
-    if index.build_id != build_id(index.shards):
-        problems.append(f"{INDEX}: build_id does not belong to these shards")
-    for shard in index.shards:
-        problems += [f"{shard.name}: {problem}" for problem in _shard_problems(index, shard)]
-    if (root / TEXT_INDEX).is_file():
-        problems += [problem for shard in index.shards for problem in _text_problems(root, shard)]
-    return problems
+def _write_index(out: Path, header: dict, notes: list[dict], report: dict) -> None:
+    shards = [note["shard"] for note in notes if note["shard"]]
+    labels = sorted({label for note in notes for label in note["labels"]})
+    identity = build_id(tuple(ShardEntry(**shard) for shard in shards))
+    values = {"format": FORMAT, **header, "build_id": identity, "labels": labels, "shards": shards, "report": report}
+    write_atomic(out / INDEX, json.dumps(values).encode())
 
 
 def _check_arguments(out: Path, image_size: int, workers: int, part: tuple[int, int], samples_per_shard: int) -> None:
@@ -161,15 +145,15 @@ def _check_arguments(out: Path, image_size: int, workers: int, part: tuple[int, 
 def _open_notes(out: Path, source: Source, layout: Layout, image_size: int) -> None:
     """Start the notes of a build, or go on with those of the same build."""
     notes = out / BUILDING
+    tars = list(out.glob("*.tar"))  # before the plan is looked for: another part may be starting right now
     if (notes / PLAN).is_file():
         if _read(notes / PLAN)["fingerprint"] != layout.fingerprint:
             raise ValueError(
                 f"out = {out}: holds an unfinished build of other data or options; delete it, or finish that"
             )
         return
-    strangers = [path.name for path in out.glob("*.tar")] if out.is_dir() else []
-    if strangers:
-        raise ValueError(f"out = {out}: holds {len(strangers)} tars without an index; choose an empty folder")
+    if tars:
+        raise ValueError(f"out = {out}: holds {len(tars)} tars without an index; choose an empty folder")
     notes.mkdir(parents=True, exist_ok=True)
     header = {"source": source.name, "synthetic": source.synthetic, "image_size": image_size}
     names = [task.name for task in layout.tasks]
@@ -183,7 +167,7 @@ def _is_done(out: Path, name: str) -> bool:
         return False
     note = _read(_note(out, name))
     shard, path = note["shard"], out / name
-    same = bool(shard) and not note["unreadable"] and path.is_file() and _sha256(path) == shard["sha256"]
+    same = bool(shard) and not note["unreadable"] and path.is_file() and file_sha256(path) == shard["sha256"]
     if not same:
         _note(out, name).unlink()
     return same
@@ -211,16 +195,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _shown(notes: Iterable[dict], total: int, progress: bool) -> Iterator[dict]:
-    if progress and sys.stderr.isatty():
-        yield from track(notes, "building shards", total=total, console=Console(stderr=True))
-        return
-    for done, note in enumerate(notes, 1):
-        if progress:
-            print(f"building shards: {done}/{total}", file=sys.stderr, flush=True)
-        yield note
-
-
 def _write_shard(task: ShardTask, out: Path) -> dict:
     """Write one tar, then its note: the index entry, the labels met, the images that could not be read."""
     unreadable: dict[str, str] = {}
@@ -228,58 +202,25 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
     scratch = out / BUILDING / f"{task.name}.{secrets.token_hex(4)}"
     with scratch.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # type: ignore[arg-type]
-            for study, image in ((study, image) for study in task.studies for image in frontal(study)):
+            for study, image in frontal_pairs(task.studies):
                 key = sample_key(task.source, study.study_id, image.image_id)
                 try:
-                    files = _encode(study, image, task.image_size)
+                    files, meta = encode_sample(study, image, task.image_size)
                 except (ValueError, OSError) as error:
-                    unreadable[key] = _rule(error)
+                    unreadable[key] = error_rule(error)
                     continue
-                meta = _meta(study, image, task.synthetic)
+                meta["synthetic"] = task.synthetic
                 metas.append(meta)
                 tar.write({"__key__": key, "json": json.dumps(meta, sort_keys=True).encode(), **files})
         file.flush()
         os.fsync(file.fileno())
     shard = _entry(scratch, task, metas) if metas else None
-    scratch.replace(out / task.name) if metas else scratch.unlink()
+    if shard:
+        scratch.replace(out / task.name)
     labels = sorted({label for meta in metas for label in meta["labels"]})
     note = {"shard": shard, "labels": labels, "studies": len(task.studies), "unreadable": unreadable}
     write_atomic(_note(out, task.name), json.dumps(note).encode())
     return note
-
-
-def _encode(study: Study, image: RadiographRef, size: int) -> dict[str, bytes]:
-    """The picture files of one sample by their suffix. Raises ValueError or OSError where the radiograph is damaged."""
-    files = {"jpg": _encoded(prepare_radiograph(image.read(), size), "JPEG", quality=JPEG_QUALITY)}
-    for name, read in study.masks.items():
-        files[f"{name}.mask.png"] = _encoded(_resized_mask(read(), size), "PNG")
-    return files
-
-
-def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _resized_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-
-
-def _meta(study: Study, image: RadiographRef, synthetic: bool) -> dict:
-    """What is kept beside the pixels. Ids and text live here, inside the tar, and nowhere else."""
-    return {
-        "findings": "" if is_missing(study.findings) else study.findings,
-        "impression": "" if is_missing(study.impression) else study.impression,
-        "patient_id": study.patient_id,
-        "study_id": study.study_id,
-        "image_id": image.image_id,
-        "view_position": image.view_position,
-        "split": study.split,
-        "labels": study.labels,
-        "extra": study.extra,
-        "synthetic": synthetic,
-    }
 
 
 def _entry(path: Path, task: ShardTask, metas: list[dict]) -> dict:
@@ -296,16 +237,9 @@ def _entry(path: Path, task: ShardTask, metas: list[dict]) -> dict:
         "split": task.split,
         "samples": len(members),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": file_sha256(path),
         "members": members,
     }
-
-
-def _rule(error: Exception) -> str:
-    """Why a radiograph could not be read, without the file name, which may hold a patient's id."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return str(error).rsplit(": ", 1)[-1] if isinstance(error, ValueError) else "not an image"
 
 
 def _report(planned: dict, notes: list[dict]) -> dict:
@@ -332,42 +266,3 @@ def _note(out: Path, name: str) -> Path:
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shard_problems(index: ShardIndex, shard: ShardEntry) -> Iterator[str]:
-    path = index.root / shard.name
-    if _sha256(path) != shard.sha256:
-        yield "sha256 differs from the index; copy or build it again"
-        return
-    with tarfile.open(path) as tar:
-        places = {info.name: (info.offset_data, info.size) for info in tar}
-    for member in shard.members:
-        if places.get(f"{member.key}.jpg") != (member.image_offset, member.image_size):
-            yield f"sample {member.key}: no radiograph where the index says"
-        elif places.get(f"{member.key}.json") != (member.meta_offset, member.meta_size):
-            yield f"sample {member.key}: no JSON where the index says"
-        elif problem := _image_problem(read_member(path, member.image_offset, member.image_size), index.image_size):
-            yield f"sample {member.key}: {problem}"
-    if len(shard.members) != shard.samples:
-        yield f"{len(shard.members)} members, but samples = {shard.samples}"
-
-
-def _image_problem(data: bytes, size: int) -> str:
-    try:
-        shape = decode_radiograph(data).shape
-    except (ValueError, OSError) as error:
-        return f"radiograph cannot be decoded: {_rule(error)}"
-    return "" if shape == (size, size) else f"radiograph is {shape}, image_size is {size}"
-
-
-def _text_problems(root: Path, shard: ShardEntry) -> list[str]:
-    try:
-        load_text_cache(root, shard)
-    except (ValueError, FileNotFoundError) as error:
-        return [str(error)]
-    return []

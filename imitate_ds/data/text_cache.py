@@ -1,11 +1,12 @@
 """Frozen text embeddings beside each shard: the text encoder never runs during training.
 
-The encoder is frozen in this method, so that embedding every section once is exact (method: IMITATE, 2023). A file holds
-the rows of one tar in the order of its members, and says which encoder and which tar it belongs to.
+The encoder is frozen in this method, so that embedding every section once is exact (method: IMITATE, 2023). A file
+holds the rows of one tar in the order of its members, and says which encoder and which tar it belongs to.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from imitate_ds.batch import is_missing
+from imitate_ds.data.progress import shown
 from imitate_ds.data.shard_index import ShardEntry, ShardIndex, load_index, read_samples, read_shard, write_atomic
 
 FORMAT = "imitate_ds.text/1"
@@ -56,15 +58,15 @@ def fit_texts(root: Path) -> list[str]:
     return [text for sections in texts.values() for text in sections if not is_missing(text)]
 
 
-def embed_shards(root: Path, encoder: Encoder, batch_size: int = 64) -> dict:
+def embed_shards(root: Path, encoder: Encoder, batch_size: int = 64, *, progress: bool = True) -> dict:
     """Embed the reports of every shard, replacing what another encoder left, and return what text.json says."""
     index = load_index(root)
     (root / TEXT_INDEX).unlink(missing_ok=True)  # first, so that a killed run is seen as not embedded
     for stale in root.glob(".*.text.safetensors.*.tmp"):
         stale.unlink()
-    for shard in index.shards:
+    for shard in shown(index.shards, len(index.shards), "embedding reports", progress):
         _embed_shard(index, shard, encoder, batch_size)
-    encoder.save(root / ENCODER_FOLDER)
+    _save_encoder(encoder, root / ENCODER_FOLDER)
     values = {"format": FORMAT, "kind": encoder.kind, "encoder": encoder.fingerprint, "width": encoder.width}
     values["build_id"] = index.build_id
     write_atomic(root / TEXT_INDEX, json.dumps(values).encode())
@@ -127,6 +129,15 @@ def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_s
     write_atomic(index.root / shard.text_name, data)
 
 
+def _save_encoder(encoder: Encoder, folder: Path) -> None:
+    """Replace the encoder that was there, which may be this very one with its weights still mapped from the files."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    encoder.save(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
 def _embed(encoder: Encoder, texts: list[str], batch_size: int) -> Tensor:
     """float16 [n, E]. Many reports read alike: each distinct text is encoded once."""
     distinct = list(dict.fromkeys(texts))
@@ -139,9 +150,3 @@ def _embed(encoder: Encoder, texts: list[str], batch_size: int) -> Tensor:
 
 def _clean(text: object) -> str:
     return "" if is_missing(text) else str(text)
-
-
-def distinct_share(texts: Iterable[str]) -> float:
-    """The share of texts that are not a repetition."""
-    listed = list(texts)
-    return len(set(listed)) / max(1, len(listed))

@@ -1,0 +1,1 @@
+"""Networks: image encoder, aggregation, projections, text encoders, and the model of them all."""

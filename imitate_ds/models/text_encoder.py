@@ -25,7 +25,7 @@ from imitate_ds.batch import is_missing
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 DESCRIPTION = "imitate_text_encoder.json"
 MAX_TOKENS = 256
-# Words of two letters or more; `XXXX` and `___` are de-identification blanks and say nothing. "no" is a word that counts.
+# Words of two letters or more ("no" counts); `XXXX` and `___` are de-identification blanks and say nothing.
 WORD = r"\b(?!x{3,}\b)[^\W\d_]{2,}\b"
 MAX_TERMS = 30_000  # words and pairs of words; 30 MB of weights at dim = 256
 PROBE = "No acute Cardiopulmonary abnormality; XXXX ___ 2.5 cm."  # how a tokenizer cuts this is part of its fingerprint
@@ -62,6 +62,8 @@ class LsaEncoder:
             raise ValueError(f"lsa: {len(set(known))} different texts to fit on; must be at least 2")
         # A term seen once says nothing about likeness, but a handful of reports has few terms seen twice.
         vectorizer = _vectorizer(min_df=2 if len(known) >= 100 else 1, max_features=MAX_TERMS)
+        if not any(map(vectorizer.build_analyzer(), known)):
+            raise ValueError("lsa: the texts to fit on hold no words")
         rows = vectorizer.fit_transform(known)
         svd = TruncatedSVD(min(dim, *rows.shape), random_state=seed).fit(rows)
         components = torch.from_numpy(np.ascontiguousarray(svd.components_, dtype=np.float32))
@@ -104,15 +106,22 @@ class HuggingFaceEncoder:
 
     @classmethod
     def load(cls, name_or_folder: str, max_tokens: int = MAX_TOKENS) -> "HuggingFaceEncoder":
-        """Load from a local folder, the local cache, or the hub, in this order; onto the CUDA device where there is one.
+        """Load from a local folder, the local cache, or the hub; onto the CUDA device where there is one.
 
-        Raises FileNotFoundError where it is in none of them.
+        Raises FileNotFoundError where it is in none of them, ValueError where its vocabulary is missing.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
             model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer, or of an unknown model type
             raise FileNotFoundError(_how_to_get(name_or_folder)) from error
+        if (
+            2 * len(tokenizer) < model.config.vocab_size
+        ):  # transformers makes up 5 tokens where the vocabulary is missing
+            raise ValueError(
+                f"text encoder = {name_or_folder!r}: its tokenizer knows {len(tokenizer)} tokens, its model "
+                f"{model.config.vocab_size}; the folder lacks tokenizer.json or vocab.txt"
+            )
         return cls(model.to(_device()), tokenizer, max_tokens)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -193,7 +202,7 @@ def _device() -> torch.device:
 
 def _how_to_get(name: str) -> str:
     return (
-        f"text encoder = {name!r}: not a folder with a Hugging Face model and tokenizer, and the hub has no such model or "
-        f"cannot be reached; where there is a network run 'hf download {name} --local-dir DIR' and pass DIR, or use 'lsa', "
-        "which needs no download"
+        f"text encoder = {name!r}: not a folder with a Hugging Face model and tokenizer, and the hub has no such model "
+        f"or cannot be reached; where there is a network run 'hf download {name} --local-dir DIR' and pass DIR, or use "
+        "'lsa', which needs no download"
     )

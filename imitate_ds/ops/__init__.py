@@ -1,0 +1,1 @@
+"""Operations on tensors: the contrastive loss, in several forms behind one door."""

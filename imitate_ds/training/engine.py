@@ -21,7 +21,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -98,7 +98,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_plain = parameter.ndim <= 1 or name.endswith(("position", "cls_token", "pos_embed"))
+            is_plain = parameter.ndim <= 1 or name.endswith(("positions", "cls", "cls_token", "pos_embed"))
             (plain if is_plain and not optim.decay_norm_and_bias else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -141,7 +141,9 @@ def batch_norm_policy(train: TrainConfig, device: torch.device) -> str:
     """Resolve `auto` and refuse what the device cannot do."""
     on_cuda = device.type == "cuda"
     if train.batch_norm == "sync" and not on_cuda:
-        raise ValueError("train.batch_norm = 'sync': SyncBatchNorm needs CUDA; use mean (what auto picks here) or freeze")
+        raise ValueError(
+            "train.batch_norm = 'sync': SyncBatchNorm needs CUDA; use mean (what auto picks here) or freeze"
+        )
     return ("sync" if on_cuda else "mean") if train.batch_norm == "auto" else train.batch_norm
 
 
@@ -180,8 +182,6 @@ def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> An
     """Hand the model to DeepSpeed. What must not train has to be frozen before this: afterwards weights still move."""
     device = training_device()
     model = apply_batch_norm_policy(model, batch_norm_policy(train, device)).to(device)
-    if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cpu":
         # Its shared-memory all-reduce takes 20 to 110 s to compile, needs g++ and can hang on a lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -193,10 +193,18 @@ def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> An
     return engine
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global norm of the last step's gradient, before clipping; NaN where DeepSpeed does not compute it."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def take_step(engine: Any) -> Tensor | float:
+    """One optimizer step; returns the global norm of its gradient before clipping, still on the device."""
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return float("nan") if norm is None else norm
+    # Without ZeRO DeepSpeed does not tell the norm, and step() clears the gradients.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    scaler = engine.torch_autocast_z0_gradscaler
+    engine.step()
+    return norm / scaler.get_scale() if scaler else norm
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -1,5 +1,6 @@
 """The loop, once, for pre-training and fine-tuning: it knows batches, steps and an engine, not what is learned."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imitate_ds.distributed import max_over_ranks, mean_over_ranks, training_device, world
-from imitate_ds.training.engine import gradient_norm, set_learning_rate, set_training_mode
+from imitate_ds.training.engine import set_learning_rate, set_training_mode, take_step
 from imitate_ds.training.monitor import Monitor, memory_mib
 
 
@@ -60,43 +61,33 @@ def train_steps(
         set_learning_rate(engine, learning_rate(step))
         output = step_fn(batch.to(device))
         engine.backward(output.loss)
-        engine.step()
+        norm = take_step(engine)
         done = step + 1
         clock.samples += len(batch.keys) * world().size
         if done % settings.log_every == 0 or done == settings.total_steps:
-            _log(engine, output, learning_rate(step), monitor, done, clock, device)
+            steady = {"learning_rate": learning_rate(step), "gradient_norm": float(norm), **memory_mib(device)}
+            _log(output, steady, monitor, done, clock)
         if settings.images_every and (step == 0 or done % settings.images_every == 0) and world().is_main:
             monitor.pictures(done, output.pictures())
         with clock.paused():
             after_step(done)
 
 
-def _log(
-    engine: Any, output: StepOutput, lr: float, monitor: Monitor, done: int, clock: "_Clock", device: torch.device
-) -> None:
+def _log(output: StepOutput, steady: dict[str, float], monitor: Monitor, done: int, clock: "_Clock") -> None:
     """One trip to the host for everything that is logged."""
     names = sorted(output.scalars)
     values = mean_over_ranks(torch.stack([output.scalars[name].detach().float() for name in names])).tolist()
     scalars = dict(zip(names, values, strict=True))
-    if not all(map(_finite, values)):
-        bad = ", ".join(name for name, value in scalars.items() if not _finite(value))
+    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+    if bad:
         raise FloatingPointError(
-            f"step {done}: {bad} is not finite; lower optim.lr, or use train.precision: fp32 to find where it starts"
+            f"step {done}: {', '.join(bad)} is not finite; lower optim.lr, or use train.precision: fp32 to see whether "
+            "it is the precision. The last checkpoint is whole: --set train.resume=true goes on from it"
         )
     rate, waiting = clock.read()
-    scalars |= {
-        "learning_rate": lr,
-        "gradient_norm": gradient_norm(engine),
-        "studies_per_second": rate,
-        "data_wait_share": max_over_ranks(waiting),
-        **memory_mib(device),
-    }
+    scalars |= {**steady, "studies_per_second": rate, "data_wait_share": max_over_ranks(waiting)}
     monitor.scalars(done, scalars, split="train")
-    monitor.progress(done, {"loss": scalars["loss"], "studies/s": rate, "lr": lr})
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+    monitor.progress(done, {"loss": scalars["loss"], "studies/s": rate, "lr": scalars["learning_rate"]})
 
 
 class _Clock:

@@ -23,7 +23,9 @@ from torch.utils.tensorboard.summary import hparams
 class Monitor:
     """Writes scalars and pictures of one run; on ranks other than 0 every method does nothing."""
 
-    def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, speaks: bool, console: Console | None = None):
+    def __init__(
+        self, run_dir: Path, *, start_step: int, total_steps: int, speaks: bool, console: Console | None = None
+    ):
         self.speaks = speaks
         if not speaks:
             return
@@ -101,7 +103,13 @@ def memory_mib(device: torch.device) -> dict[str, float]:
 
 
 def _progress_bar(console: Console) -> Progress:
-    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[what]}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 

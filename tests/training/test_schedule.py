@@ -1,5 +1,7 @@
 """The learning rate over a run."""
 
+import itertools
+
 import pytest
 
 from imitate_ds.config import OptimConfig
@@ -17,7 +19,7 @@ def test_warm_up_then_cosine_to_the_floor():
     assert rates[9] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.505)  # half-way down
     assert rates[100] == pytest.approx(0.01)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[9:]))
 
 
 def test_restarts_begin_again_at_the_full_rate():

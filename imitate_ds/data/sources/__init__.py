@@ -1,38 +1,38 @@
 """Where studies come from: one module per collection, and one door to all of them."""
 
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 from imitate_ds.data.sources.base import Source
 
-SOURCES = ("openi", "mimic-cxr", "chexpert-plus", "table", "phantom")
+# name -> module and class; a source is imported when it is asked for
+SOURCES = {
+    "openi": ("openi", "OpenISource"),
+    "mimic-cxr": ("mimic_cxr", "MimicCxrSource"),
+    "chexpert-plus": ("chexpert_plus", "CheXpertPlusSource"),
+    "table": ("table", "TableSource"),
+    "phantom": ("phantom", "PhantomSource"),
+}
 
 
-def open_source(name: str, root: Path | None, **options) -> Source:
-    """The source called name, reading from root; options go to its class.
+def open_source(name: str, root: Path | None, **options: object) -> Source:
+    """The source called name, reading from root (None for phantom, which draws its studies); options go to its class.
 
-    Raises ValueError for an unknown name or a missing root, FileNotFoundError where root has not the expected layout.
+    Raises ValueError for an unknown name or option or a missing root, FileNotFoundError where root has another layout.
     """
-    if name == "phantom":
-        from imitate_ds.data.sources.phantom import PhantomSource
-
-        return PhantomSource(**options)
     if name not in SOURCES:
         raise ValueError(f"source = {name!r}: must be one of {', '.join(SOURCES)}")
+    module, class_name = SOURCES[name]
+    make = getattr(import_module(f"{__name__}.{module}"), class_name)
+    known = [option for option in signature(make).parameters if option != "root"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option} is not an option of source {name}; it has: {', '.join(known) or 'none'}")
+    if name == "phantom":
+        return make(**options)
     if root is None:
         raise ValueError(f"source {name}: needs --root, the folder it was downloaded to")
-    root = Path(root)
-    if name == "openi":
-        from imitate_ds.data.sources.openi import OpenISource
-
-        return OpenISource(root, **options)
-    if name == "mimic-cxr":
-        from imitate_ds.data.sources.mimic_cxr import MimicCxrSource
-
-        return MimicCxrSource(root, **options)
-    if name == "chexpert-plus":
-        from imitate_ds.data.sources.chexpert_plus import CheXpertPlusSource
-
-        return CheXpertPlusSource(root, **options)
-    from imitate_ds.data.sources.table import TableSource
-
-    return TableSource(root, **options)
+    if not Path(root).exists():
+        raise FileNotFoundError(f"source {name}: --root {root} does not exist")
+    return make(Path(root), **options)

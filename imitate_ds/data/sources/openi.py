@@ -7,7 +7,15 @@ from pathlib import Path
 
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import RadiographRef, Study
-from imitate_ds.data.sources.table import parse_split, read_labels, read_rows, section_text, split_by_hash
+from imitate_ds.data.sources.table import (
+    check_patient_splits,
+    parse_split,
+    parse_view,
+    read_labels,
+    read_rows,
+    section_text,
+    split_by_hash,
+)
 
 LAYOUT = "indiana_reports.csv, indiana_projections.csv and images/ (or images/images_normalized/)"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
@@ -67,33 +75,30 @@ def _images(root: Path) -> dict[str, Path]:
 
 
 def _read_projections(path: Path, images: dict[str, Path]) -> dict[str, list[RadiographRef]]:
-    views = {"frontal": "frontal", "lateral": "lateral"}
     refs = defaultdict(list)
     for row in read_rows(path, ("uid", "filename", "projection")):
         stem = _stem(row["filename"])
         # An image that is not there still has its place: reading it fails, and the build counts that.
         file = images.get(stem, path.parent / "images" / row["filename"])
-        view = views.get(row["projection"].strip().lower(), "unknown")
-        refs[row["uid"]].append(RadiographRef(stem, view, partial(load_radiograph, file)))
+        refs[row["uid"]].append(RadiographRef(stem, parse_view(row["projection"]), partial(load_radiograph, file)))
     return refs
 
 
 def _read_splits(path: Path, uids: set[str]) -> dict[str, str]:
     if not path.is_file():
         return {}
-    splits: dict[str, str] = {}
     rows = [(row["uid"], parse_split(row["split"], path)) for row in read_rows(path, ("uid", "split"))]
-    torn = {uid for uid, split in rows if splits.setdefault(uid, split) != split}
-    if torn:
-        raise ValueError(f"{path}: {len(torn)} patients are in more than one split; give each uid one row")
-    missing = len(uids - splits.keys())
+    check_patient_splits(rows, path)
+    missing = len(uids - dict(rows).keys())
     if missing:
-        raise ValueError(f"{path}: {missing} of {len(uids)} reports have no row; add them, or take the file away to split by hash")
-    return splits
+        raise ValueError(
+            f"{path}: no row for {missing} of {len(uids)} reports; add them, or take the file away to split by hash"
+        )
+    return dict(rows)
 
 
 def _read_labels(path: Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         return {}
     rows = read_rows(path, ("uid",))
-    return {row["uid"]: read_labels(row, [name for name in row if name != "uid"], path) for row in rows}
+    return {row["uid"]: read_labels(row, [name for name in row if name not in ("", "uid")], path) for row in rows}

@@ -101,16 +101,19 @@ def _absorption(case: Case, grid: anatomy.Canvas) -> np.ndarray:
     depth = anatomy.lungs_depth(case, grid)
     lungs = anatomy.soft(depth, 0.035)
     aeration = lungs * (0.82 + 0.18 * anatomy.soft(depth - 0.08, 0.22))
-    aeration *= 1 - 0.93 * anatomy.heart(case, grid)
+    rows, heart = anatomy.heart(case, grid)
+    aeration[rows] *= 1 - 0.93 * heart
     template = case.anatomy.vessel_template % anatomy.VESSEL_TEMPLATES
     vessels = anatomy.vessel_templates(grid.x.size)[template] * np.float32(case.anatomy.vessel_contrast)
     for i, lesion in enumerate(case.lesions):
         if lesion.kind in lesions.MASKED_KINDS:
-            lesions.apply_lesion(lesion, lesions.lesion_shape(case, i, grid, lungs), aeration, vessels)
+            side = grid.columns(lesion.side)
+            lesions.apply_lesion(lesion, lesions.lesion_shape(case, i, grid), aeration[:, side], vessels[:, side])
     picture = anatomy.tissue(case, grid)
     picture -= np.float32(0.46) * aeration
-    picture += vessels * aeration
-    anatomy.add_ribs(picture, case, grid, lungs)
+    vessels *= aeration
+    picture += vessels
+    anatomy.add_ribs(picture, case, grid, aeration)
     anatomy.add_clavicles(picture, case, grid)
     anatomy.add_soft_parts(picture, case, grid)
     for i, lesion in enumerate(case.lesions):
@@ -122,17 +125,25 @@ def _absorption(case: Case, grid: anatomy.Canvas) -> np.ndarray:
 def _expose(film: np.ndarray, case: Case, rng: np.random.Generator) -> np.ndarray:
     """Absorption to grey values: contrast, brightness, uneven exposure, grain, gamma, blur, and the side marker."""
     size = film.shape[0]
-    uneven = lesions.clouds(rng, film.shape, 4, 0.02)
-    grain = rng.standard_normal(film.shape, dtype=np.float32)
-    film = (film - np.float32(0.5)) * np.float32(case.contrast) + np.float32(0.5 + case.brightness) + uneven
-    film += grain * np.float32(case.noise)
-    steps = np.clip(film * np.float32(1023 / 1.1), 0, 1023).astype(np.int16)
-    image = Image.fromarray(_gamma_table(case.gamma)[steps])
+    film = film * np.float32(case.contrast)
+    film += lesions.clouds(rng, film.shape, (4, 4), 0.02)
+    film += np.float32(0.5 + case.brightness - 0.5 * case.contrast)
+    top, left = rng.integers(size, size=2)
+    film += _grain(size)[top : top + size, left : left + size] * np.float32(case.noise)
+    film *= np.float32(1023 / 1.1)
+    steps = np.clip(film, 0, 1023, out=film).astype(np.intp)
+    image = Image.fromarray(_gamma_table(case.gamma).take(steps))
     if case.blur:
         image = image.filter(ImageFilter.BoxBlur(case.blur * size / 256))
     if case.marker:
         _add_marker(image, case.marker, rng)
     return np.array(image)
+
+
+@lru_cache(maxsize=4)
+def _grain(size: int) -> np.ndarray:
+    """A sheet of white noise [2 * size, 2 * size]; a film cuts its own piece out, as fresh noise is the slowest step."""
+    return np.random.default_rng(size).standard_normal((2 * size, 2 * size), dtype=np.float32)
 
 
 def _gamma_table(gamma: float) -> np.ndarray:
@@ -161,11 +172,15 @@ def render_mask(seed: int, number: int, size: int, name: str) -> np.ndarray:
     if name == "lesions":
         shapes = [mask for _, mask in _lesion_masks(case, grid, size)]
         inside = np.any(shapes, axis=0) if shapes else np.zeros((size, size), bool)
-    elif name == "heart":
-        inside = anatomy.warp(anatomy.heart(case, grid), case, size) > 0.5
     else:
-        lungs = anatomy.soft(anatomy.lungs_depth(case, grid), 0.035) * (1 - anatomy.heart(case, grid))
-        inside = anatomy.warp(lungs, case, size) > 0.5
+        rows, heart = anatomy.heart(case, grid)
+        shape = (
+            anatomy.soft(anatomy.lungs_depth(case, grid), 0.035)
+            if name == "lungs"
+            else np.zeros((size, size), np.float32)
+        )
+        shape[rows] = shape[rows] * (1 - heart) if name == "lungs" else heart
+        inside = anatomy.warp(shape, case, size) > 0.5
     return inside.astype(np.uint8) * 255
 
 
@@ -175,8 +190,13 @@ def _lesion_masks(case: Case, grid: anatomy.Canvas, size: int) -> list[tuple[str
     if not outlined:
         return []
     lungs = anatomy.soft(anatomy.lungs_depth(case, grid), 0.035)
-    shapes = [(case.lesions[i].kind, lesions.lesion_shape(case, i, grid, lungs)) for i in outlined]
-    return [(kind, anatomy.warp(shape, case, size) > 0.5) for kind, shape in shapes]
+    masks = []
+    for i in outlined:
+        side = grid.columns(case.lesions[i].side)
+        shape = np.zeros_like(lungs)
+        shape[:, side] = lesions.lesion_shape(case, i, grid) * lungs[:, side]
+        masks.append((case.lesions[i].kind, anatomy.warp(shape, case, size) > 0.5))
+    return masks
 
 
 def lesion_boxes(seed: int, number: int, size: int) -> list[dict[str, object]]:

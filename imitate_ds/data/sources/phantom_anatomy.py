@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from imitate_ds.data.sources.phantom_case import Anatomy, Case
 
-SPAN = 1.2  # half width of the canvas; the film shows about [-1, 1]
+SPAN = 1.15  # half width of the canvas; the film shows about [-1, 1]
 VESSEL_TEMPLATES = 6
 
 
@@ -37,6 +37,9 @@ class Canvas:
 
 @lru_cache(maxsize=4)
 def canvas(size: int) -> Canvas:
+    # glibc hands the memory of every freed array back to the kernel and faults it in again for the next, a third of the
+    # time of a phantom. Freeing one large block, once in a process, raises its threshold (mallopt(3), M_MMAP_THRESHOLD).
+    np.empty(16 << 20, np.uint8)
     axis = np.linspace(-SPAN, SPAN, size, dtype=np.float32)
     return Canvas(axis[None, :], axis[:, None], size // 2)
 
@@ -58,8 +61,10 @@ def ellipse(grid: Canvas, x: float, y: float, width: float, height: float, edge:
 
 
 def dome(case: Case, side: str, across: np.ndarray) -> np.ndarray:
-    """y of the diaphragm, given the distance from the midline: flat to the middle, steep to the costophrenic angle."""
-    top = (case.anatomy.right_dome if side == "right" else case.anatomy.left_dome) + case.inspiration
+    """The y of the diaphragm, given the distance from the midline: flat to the middle, steep to the costophrenic angle."""
+    top = (
+        (case.anatomy.right_dome if side == "right" else case.anatomy.left_dome) + case.inspiration - case.lifted(side)
+    )
     lateral, medial = np.maximum(across - 0.36, 0), np.maximum(0.36 - across, 0)
     return top + 1.9 * lateral**2 + 1.1 * medial**2
 
@@ -67,7 +72,7 @@ def dome(case: Case, side: str, across: np.ndarray) -> np.ndarray:
 def chest_wall(anatomy: Anatomy, y: np.ndarray) -> np.ndarray:
     """Distance of the inner chest wall from the midline, by row."""
     depth = np.clip((y - anatomy.apex) / (0.15 - anatomy.apex), 0, 1)
-    return anatomy.lung_width * (0.36 + 0.64 * (1 - (1 - depth) ** 2.6) ** 0.62)
+    return anatomy.lung_width * (0.44 + 0.56 * (1 - (1 - depth) ** 2.6) ** 0.62)
 
 
 def _medial_border(anatomy: Anatomy, side: str, y: np.ndarray) -> np.ndarray:
@@ -91,54 +96,64 @@ def lungs_depth(case: Case, grid: Canvas) -> np.ndarray:
     return np.concatenate([lung_depth(case, grid, side) for side in ("right", "left")], axis=1)
 
 
-def heart(case: Case, grid: Canvas) -> np.ndarray:
-    """The soft heart shadow [N, N]: two leaning ellipses, the left ventricle reaching far into the patient's left."""
+def heart(case: Case, grid: Canvas) -> tuple[slice, np.ndarray]:
+    """The rows that the heart lies in, and its soft shadow there [rows, N].
+
+    Two leaning ellipses: the right atrium, and the left ventricle, which reaches far into the patient's left.
+    """
     width = case.heart_ratio * 2 * case.anatomy.lung_width
     base = 0.5 * (case.anatomy.right_dome + case.anatomy.left_dome) + case.inspiration
-    out = np.zeros((grid.y.size, grid.x.size), np.float32)
-    rows = grid.rows(-0.4, base + 0.25)
-    y = grid.y[rows]
-    lean = grid.x - 0.35 * (y - base + 0.2)
-    ventricle = 1 - ((lean - 0.20 * width) / (0.47 * width)) ** 2 - ((y - base + 0.20) / (0.24 + 0.22 * width)) ** 2
-    atrium = 1 - ((grid.x + 0.10 * width) / (0.24 * width)) ** 2 - ((y - base + 0.22) / (0.17 + 0.2 * width)) ** 2
-    out[rows] = soft(np.maximum(ventricle, atrium), 0.16)
-    return out
+    rows = grid.rows(base - 0.46 - 0.24 * width, base + 0.22 * width + 0.06)
+    y = grid.y[rows] - base + 0.2
+    ventricle_x = (grid.x - 0.20 * width) / (0.47 * width)
+    ventricle = (ventricle_x - 0.35 / (0.47 * width) * y) ** 2 + (y / (0.24 + 0.22 * width)) ** 2
+    atrium = ((grid.x + 0.10 * width) / (0.24 * width)) ** 2 + ((y - 0.02) / (0.17 + 0.2 * width)) ** 2
+    return rows, soft(1 - np.minimum(ventricle, atrium), 0.16)
 
 
 def tissue(case: Case, grid: Canvas) -> np.ndarray:
     """Absorption of the body without its lungs [N, N]: shoulders, flanks, spine, mediastinum, upper abdomen; air around."""
-    anatomy, x, y = case.anatomy, grid.x, grid.y
-    outline_y, outline_x = (-1.2, -1.0, -0.86, -0.70, -0.3, 0.3, 1.2), (0.30, 0.36, 0.72, 1.16, 1.02, 0.95, 1.0)
-    outline = np.interp(y, outline_y, outline_x).astype(np.float32) * anatomy.body_width
-    abdomen = soft(y - 0.6, 0.5) * 0.08
+    x, y = grid.x, grid.y
+    out = (0.66 + 0.08 * soft(y - 0.6, 0.5)) + 0.07 * np.exp(-((x / 0.24) ** 2))
+    low, high = np.searchsorted(x[0], (-0.2, 0.2))
+    middle = x[:, low:high]
     vertebrae = 0.05 + 0.02 * np.sin(y * np.float32(2 * np.pi / 0.13))
-    spine = np.exp(-((x / 0.085) ** 4)) * vertebrae
-    out = (0.66 + abdomen) + 0.07 * np.exp(-((x / 0.24) ** 2)) + spine
-    out -= 0.13 * np.exp(-((x / 0.045) ** 2)) * soft(-0.33 - y, 0.12)  # the trachea, down to the carina
-    out *= 0.06 + 0.94 * soft(outline - np.abs(x), 0.10)
+    out[:, low:high] += np.exp(-((middle / 0.085) ** 4)) * vertebrae
+    trachea = 0.13 * soft(-0.33 - y, 0.12)  # down to the carina
+    out[:, low:high] -= np.exp(-((middle / 0.045) ** 2)) * trachea
+    outline_y, outline_x = (-1.2, -1.0, -0.86, -0.70, -0.3, 0.3, 1.2), (0.30, 0.36, 0.72, 1.16, 1.02, 0.95, 1.0)
+    outline = np.interp(y, outline_y, outline_x).astype(np.float32) * case.anatomy.body_width
+    out *= np.maximum(soft(outline - np.abs(x), 0.10), np.float32(0.06))
     return out
 
 
-def add_ribs(picture: np.ndarray, case: Case, grid: Canvas, lungs: np.ndarray) -> None:
-    """Adds the rear ribs, which fall outwards, and fainter front ribs, which fall inwards; below the domes they fade."""
+def add_ribs(picture: np.ndarray, case: Case, grid: Canvas, aeration: np.ndarray) -> None:
+    """Adds the rear ribs, which fall outwards, and fainter front ribs, which fall inwards; clearest over aerated lung."""
     anatomy = case.anatomy
-    across = np.abs(grid.x[:, grid.half :])
-    cage = soft(chest_wall(anatomy, grid.y) + 0.03 - across, 0.05) * soft(across - 0.1, 0.1)
-    cage *= soft(grid.y - anatomy.apex + 0.04, 0.1)
-    rear = _stripes(grid.y - anatomy.rib_slope * (0.62 * across**2.2 - 0.05 * across), anatomy)
-    front = _stripes(grid.y * 1.05 + anatomy.rib_slope * 0.55 * across + 0.3, anatomy)
-    front *= soft(across - 0.34, 0.16)
-    ribs = rear + np.float32(0.55) * front
-    ribs *= cage * np.float32(anatomy.rib_contrast)
-    weight = 0.3 + 0.7 * lungs
-    picture[:, grid.half :] += ribs * weight[:, grid.half :]
-    left = grid.half
-    picture[:, :left] += ribs[:, left - 1 :: -1][:, -left:] * weight[:, :left]
+    rows = grid.rows(anatomy.apex - 0.05, 0.95)
+    y, across = grid.y[rows], np.abs(grid.x[:, grid.half :])
+    cage = np.minimum(chest_wall(anatomy, y) + 0.03 - across, (across - 0.1) * 0.5)
+    ribs = _stripes(y, -anatomy.rib_slope * (0.62 * across**2.2 - 0.05 * across), anatomy)
+    front = _stripes(y, 0.62 * anatomy.rib_slope * across + 0.3, anatomy)
+    front *= soft(across - 0.38, 0.2) * np.float32(0.4)
+    ribs += front
+    ribs *= soft(cage, 0.05)
+    ribs *= np.float32(anatomy.rib_contrast)
+    weight = aeration[rows] * np.float32(0.8)
+    weight += np.float32(0.2)
+    right = picture.shape[1] - grid.half
+    weight[:, grid.half :] *= ribs
+    weight[:, : grid.half] *= ribs[:, ::-1][:, right - grid.half :]
+    picture[rows] += weight
 
 
-def _stripes(height: np.ndarray, anatomy: Anatomy) -> np.ndarray:
-    phase = height * np.float32(256 / anatomy.rib_spacing) + np.float32(256 * (anatomy.rib_offset + 64))
-    return _rib_profile()[phase.astype(np.int32) & 255]
+def _stripes(y: np.ndarray, shift: np.ndarray, anatomy: Anatomy) -> np.ndarray:
+    """Ribs [rows, columns]: one profile repeated down y, moved by a shift that depends on the column."""
+    steps = np.float32(256 / anatomy.rib_spacing)
+    phase = y * steps + (shift * steps + np.float32(256 * (anatomy.rib_offset + 64)))
+    index = phase.astype(np.intp)
+    index &= 255
+    return _rib_profile().take(index)
 
 
 @lru_cache(maxsize=1)
@@ -151,12 +166,14 @@ def _rib_profile() -> np.ndarray:
 
 
 def add_clavicles(picture: np.ndarray, case: Case, grid: Canvas) -> None:
-    rows = grid.rows(-1.0, -0.4)
+    rows = grid.rows(-0.85, -0.4)
     for side, lift in (("right", 0.015), ("left", -0.015)):
         across = np.abs(grid.x[:, grid.columns(side)])
         middle = -0.60 + lift - case.anatomy.clavicle_slope * across - 0.05 * np.sin(across * 5.5)
-        bone = soft(0.042 - np.abs(grid.y[rows] - middle), 0.03) * soft(across - 0.1, 0.06)
-        picture[rows, grid.columns(side)] += 0.10 * bone
+        thickness = 0.034 + 0.02 * np.maximum(0.3 - across, 0) + 0.012 * np.maximum(across - 0.5, 0)
+        off = np.abs(grid.y[rows] - middle)
+        bone = soft(thickness - off, 0.02) - 0.35 * soft(thickness - 0.016 - off, 0.02)  # a cortex and a softer core
+        picture[rows, grid.columns(side)] += np.float32(0.13) * bone * soft(across - 0.1, 0.06)
 
 
 def add_soft_parts(picture: np.ndarray, case: Case, grid: Canvas) -> None:
@@ -166,7 +183,7 @@ def add_soft_parts(picture: np.ndarray, case: Case, grid: Canvas) -> None:
         window, breast = ellipse(grid, sign * 0.5, 0.36, 0.40, 0.36, 0.5)
         picture[window] += anatomy.breast * breast
     if anatomy.stomach_bubble:
-        top = anatomy.left_dome + case.inspiration + 0.15
+        top = anatomy.left_dome + case.inspiration - case.lifted("left") + 0.15
         window, bubble = ellipse(grid, 0.40, top, 0.17, 0.09, 0.7)
         picture[window] -= anatomy.stomach_bubble * bubble
 
@@ -184,6 +201,10 @@ def _draw_vessels(size: int, rng: np.random.Generator) -> np.ndarray:
         hilum = (sign * 0.2, -0.06 if sign < 0 else -0.10)
         for angle in np.linspace(-1.35, 1.45, 9) + rng.normal(0, 0.08, 9):
             _branch(draw, size, hilum, sign, angle, 0.20, 0.021, rng)
+        for _ in range(4):  # the hilum itself: a knot of vessels seen end on
+            x, y = hilum[0] + rng.normal(0, 0.025), hilum[1] + rng.normal(0, 0.05)
+            corners = [(p + SPAN) * size / SPAN for p in (x - 0.045, y - 0.06, x + 0.045, y + 0.06)]
+            draw.ellipse(corners, fill=170)
     small = image.filter(ImageFilter.GaussianBlur(size / 160)).resize((size, size), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / 255
 
@@ -193,10 +214,19 @@ def _branch(draw, size: int, start, sign: int, angle: float, length: float, widt
     if width < 0.0035:
         return
     end = (start[0] + sign * length * cos(angle), start[1] + length * sin(angle))
-    points = [(p + SPAN) / (2 * SPAN) * 2 * size for p in (*start, *end)]
+    points = [(p + SPAN) * size / SPAN for p in (*start, *end)]
     draw.line(points, fill=int(80 + 5500 * width), width=max(1, round(width * size)))
     for turn in (-0.3, 0.3):
-        _branch(draw, size, end, sign, angle + turn + rng.normal(0, 0.15), length * 0.75, width * 0.62, rng)
+        _branch(
+            draw,
+            size,
+            end,
+            sign,
+            angle + turn + rng.normal(0, 0.25),
+            length * rng.uniform(0.55, 0.95),
+            width * 0.62,
+            rng,
+        )
 
 
 def warp(picture: np.ndarray, case: Case, size: int) -> np.ndarray:

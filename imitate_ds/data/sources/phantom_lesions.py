@@ -6,15 +6,15 @@ A lesion acts on the aeration of the lung (1 air, 0 none): fluid and consolidati
 import numpy as np
 from PIL import Image, ImageDraw
 
-from imitate_ds.data.sources.phantom_anatomy import SPAN, Canvas, chest_wall, dome, soft
+from imitate_ds.data.sources.phantom_anatomy import SPAN, Canvas, dome, soft
 from imitate_ds.data.sources.phantom_case import Case, Lesion
 
 MASKED_KINDS = ("effusion", "pneumothorax", "consolidation", "nodule", "atelectasis")
 _ZONE_Y = {"upper": (-0.52, -0.34), "mid": (-0.18, 0.02), "lower": (0.16, 0.30)}
 
 
-def lesion_shape(case: Case, index: int, grid: Canvas, lungs: np.ndarray) -> np.ndarray:
-    """The soft shape of lesion `index` [N, N] in 0..1, cut at the borders of the lungs [N, N] (heart included)."""
+def lesion_shape(case: Case, index: int, grid: Canvas) -> np.ndarray:
+    """The soft shape of lesion `index` in 0..1 on its side's half of the canvas [N, N / 2], not cut where the lung ends."""
     lesion = case.lesions[index]
     draw = {
         "effusion": _effusion,
@@ -23,15 +23,11 @@ def lesion_shape(case: Case, index: int, grid: Canvas, lungs: np.ndarray) -> np.
         "nodule": _nodule,
         "atelectasis": _atelectasis,
     }[lesion.kind]
-    shape = np.zeros_like(lungs)
-    columns = grid.columns(lesion.side)
-    shape[:, columns] = draw(case, lesion, grid, case.stream(f"lesion{index}"))
-    shape *= lungs
-    return shape
+    return draw(case, lesion, grid, case.stream(f"lesion{index}"))
 
 
 def apply_lesion(lesion: Lesion, shape: np.ndarray, aeration: np.ndarray, vessels: np.ndarray) -> None:
-    """Changes aeration and vessels [N, N] in place by one lesion."""
+    """Changes the aeration and the vessels of the lesion's side in place; all three are [N, N / 2]."""
     if lesion.kind == "pneumothorax":
         aeration += 0.30 * shape * aeration
         # the visceral pleura: a thin bright line where the shape falls off inside the lung
@@ -40,9 +36,9 @@ def apply_lesion(lesion: Lesion, shape: np.ndarray, aeration: np.ndarray, vessel
         return
     opacity = {
         "effusion": (0.85, 0.92, 0.96),
-        "consolidation": (0.50, 0.62, 0.74),
+        "consolidation": (0.60, 0.70, 0.80),
         "nodule": (0.50, 0.58, 0.66),
-        "atelectasis": (0.55, 0.65, 0.75),
+        "atelectasis": (0.52, 0.60, 0.68),
     }[lesion.kind][lesion.severity]
     aeration *= 1 - opacity * shape
 
@@ -54,7 +50,7 @@ def _across(grid: Canvas, lesion: Lesion) -> np.ndarray:
 def _effusion(case: Case, lesion: Lesion, grid: Canvas, rng: np.random.Generator) -> np.ndarray:
     """Everything below a meniscus that climbs the chest wall."""
     across = _across(grid, lesion)
-    angle = dome(case, lesion.side, np.float32(case.anatomy.lung_width))
+    angle = float(dome(case, lesion.side, np.array(case.anatomy.lung_width)))
     top = angle - (0.24, 0.50, 0.82)[lesion.severity] - rng.uniform(0, 0.08)  # y where the fluid meets the chest wall
     level = top + (0.17, 0.2, 0.24)[lesion.severity]
     meniscus = level - (level - top) * np.clip((across - 0.3) / (case.anatomy.lung_width - 0.3), 0, 1) ** 2
@@ -65,11 +61,11 @@ def _pneumothorax(case: Case, lesion: Lesion, grid: Canvas, rng: np.random.Gener
     """Between the chest wall and the edge of the shrunken lung, widest at the apex."""
     across = _across(grid, lesion)
     gap = (0.11, 0.19, 0.30)[lesion.severity] + rng.uniform(0, 0.05)
-    low = (0.1, 0.45, 0.8)[lesion.severity]
-    fall = np.clip((low - grid.y) / (low - case.anatomy.apex), 0, 1) ** 0.7
-    lateral = across - (chest_wall(case.anatomy, grid.y) - gap * fall)
-    apical = case.anatomy.apex + gap * 1.1 - grid.y
-    return soft(np.maximum(lateral, apical), 0.025)
+    low = (0.1, 0.45, 0.8)[lesion.severity]  # y where the lung touches the wall again
+    apex = case.anatomy.apex + 1.1 * gap
+    width = case.anatomy.lung_width - gap * np.clip((low - grid.y) / (low - apex), 0, 1) ** 0.7
+    depth = np.clip((grid.y - apex) / (0.15 - apex), 0, 1)
+    return soft(across - width * (0.15 + 0.85 * (1 - (1 - depth) ** 2.6) ** 0.62), 0.025)
 
 
 def _center(lesion: Lesion, rng: np.random.Generator) -> tuple[float, float]:
@@ -83,24 +79,24 @@ def _consolidation(case: Case, lesion: Lesion, grid: Canvas, rng: np.random.Gene
     """A patch with a ragged, cloudy border."""
     across = _across(grid, lesion)
     x, y = _center(lesion, rng)
-    radius = (0.14, 0.19, 0.25)[lesion.severity]
+    radius = (0.17, 0.22, 0.28)[lesion.severity]
     wide, tall = radius * rng.uniform(0.9, 1.3), radius * rng.uniform(0.8, 1.1)
     patch = 1.0 - ((across - x) / wide) ** 2 - ((grid.y - y) / tall) ** 2
     np.maximum(patch, -1.5, out=patch)
-    patch += clouds(rng, patch.shape, 14, 0.55)
-    return soft(patch - 0.25, 0.9)
+    patch += clouds(rng, patch.shape, (10, 5), 0.25) + clouds(rng, patch.shape, (28, 14), 0.28)
+    return soft(patch - 0.3, 1.1)
 
 
-def clouds(rng: np.random.Generator, shape: tuple[int, ...], cells: int, strength: float) -> np.ndarray:
-    """Smooth noise of the given standard deviation: a coarse random grid, enlarged."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32) * strength)
+def clouds(rng: np.random.Generator, shape: tuple[int, ...], cells: tuple[int, int], strength: float) -> np.ndarray:
+    """Smooth noise of the given standard deviation: a coarse random grid of cells (down, across), enlarged."""
+    coarse = Image.fromarray(rng.standard_normal(cells, dtype=np.float32) * np.float32(strength))
     return np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
 def _nodule(case: Case, lesion: Lesion, grid: Canvas, rng: np.random.Generator) -> np.ndarray:
     across = _across(grid, lesion)
     x, y = _center(lesion, rng)
-    radius = (0.05, 0.075, 0.11)[lesion.severity] * rng.uniform(0.92, 1.08)
+    radius = (0.065, 0.09, 0.125)[lesion.severity] * rng.uniform(0.92, 1.08)
     square = ((across - x) / radius) ** 2 + ((grid.y - y) / (radius * rng.uniform(0.88, 1.12))) ** 2
     return soft(1 - square, 0.5)
 
@@ -109,13 +105,14 @@ def _atelectasis(case: Case, lesion: Lesion, grid: Canvas, rng: np.random.Genera
     """Plate-like bands across the lung, thicker and more of them with severity."""
     across = _across(grid, lesion)
     x, y = _center(lesion, rng)
-    length, thick = (0.17, 0.20, 0.23)[lesion.severity], (0.018, 0.026, 0.036)[lesion.severity]
-    slope = rng.uniform(-0.35, 0.35)
+    thick = (0.024, 0.032, 0.040)[lesion.severity]
     out = np.zeros((grid.y.size, across.shape[1]), np.float32)
     for i in range((1, 2, 3)[lesion.severity]):
-        middle = y + (0.0, -0.11, 0.11)[i] + slope * (across - x)
-        band = soft(thick - np.abs(grid.y - middle), thick) * soft(length - np.abs(across - x), 0.1)
-        np.maximum(out, band, out=out)
+        length, slope, bend = rng.uniform(0.13, 0.21), rng.uniform(-0.35, 0.35), rng.uniform(-1.2, 1.2)
+        middle = y + (0.0, -0.12, 0.12)[i] + slope * (across - x) + bend * (across - x) ** 2
+        rows = grid.rows(y - 0.35, y + 0.35)
+        band = soft(thick - np.abs(grid.y[rows] - middle), 1.8 * thick) * soft(length - np.abs(across - x), 0.14)
+        np.maximum(out[rows], band, out=out[rows])
     return out
 
 
@@ -153,10 +150,10 @@ def _curve(rng: np.random.Generator, points: list[tuple[float, float]]) -> list[
 
 def _pacemaker(line, disc, sign: int, rng: np.random.Generator) -> None:
     x, y = sign * rng.uniform(0.52, 0.6), rng.uniform(-0.5, -0.4)
-    disc(x, y, 0.105, 1.05)
-    disc(x - sign * 0.02, y - 0.05, 0.05, 0.92)
-    line(_curve(rng, [(x, y - 0.05), (sign * 0.3, -0.62), (-0.08, -0.42), (-0.08, 0.05)]), 1.0, 2.6)
-    line(_curve(rng, [(-0.09, 0.0), (-0.05, 0.22), (0.12, 0.40), (0.30, 0.42)]), 1.0, 2.6)
+    disc(x, y, 0.10, 1.0)
+    line([(x - 0.07, y - 0.09), (x + 0.03, y - 0.10)], 0.95, 6)  # the connector block
+    line(_curve(rng, [(x, y - 0.09), (sign * 0.3, -0.62), (-0.08, -0.42), (-0.08, 0.05)]), 0.95, 2.0)
+    line(_curve(rng, [(-0.09, 0.0), (-0.05, 0.22), (0.12, 0.40), (0.30, 0.42)]), 0.95, 2.0)
 
 
 def _central_line(line, disc, sign: int, rng: np.random.Generator) -> None:

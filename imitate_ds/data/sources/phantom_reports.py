@@ -8,6 +8,7 @@ import numpy as np
 
 from imitate_ds.data.sources.phantom_case import Case, Lesion
 
+MOST_SENTENCES = 5
 NO_FINDINGS_SHARE, NO_IMPRESSION_SHARE = 0.08, 0.03
 STANDARD_NORMAL_IMPRESSION_SHARE = 0.75
 STANDARD_NORMAL_IMPRESSION = "No acute cardiopulmonary abnormality."
@@ -31,9 +32,11 @@ _NORMAL_HEART = (
     "The cardiac silhouette is not enlarged.",
     "The cardiomediastinal silhouette is normal.",
 )
-_CLEAR_LUNGS = ("The lungs are clear.", "No focal consolidation.", "The lungs are otherwise clear.")
+_CLEAR_LUNGS = ("The lungs are clear.", "No focal consolidation.")
+_OTHERWISE_CLEAR = ("The lungs are otherwise clear.", "No focal consolidation.")
+_PLEURAL = (("pleural effusion", "effusion"), ("pneumothorax", "pneumothorax"))
 
-# {size} {side} {zone} are filled in; {Size} {Side} begin a sentence
+# Words in braces are those of _words; with a capital they begin a sentence
 _FINDINGS = {
     "cardiomegaly": (
         "The heart is {degree} enlarged.",
@@ -60,9 +63,9 @@ _FINDINGS = {
         "Airspace disease in the {side} {zone} zone with {patch}.",
     ),
     "nodule": (
-        "There is a {size} {nodule} in the {side} {zone} lung zone.",
-        "{Size} rounded {nodule} projects over the {side} {zone} lung.",
-        "A {size} well-defined {nodule} is seen in the {side} {zone} zone.",
+        "There is a {nodule} in the {side} {zone} lung zone.",
+        "Rounded {nodule} projects over the {side} {zone} lung.",
+        "A well-defined {nodule} is seen in the {side} {zone} zone.",
     ),
     "atelectasis": (
         "{Plates} in the {side} {zone} lung zone.",
@@ -73,14 +76,17 @@ _FINDINGS = {
 }
 _HEDGED = {
     "cardiomegaly": ("Possible {extent} cardiomegaly.", "The heart may be {degree} enlarged."),
-    "effusion": ("Possible {size} {side} pleural effusion.", "Findings may represent a {size} {side} pleural effusion."),
+    "effusion": (
+        "Possible {size} {side} pleural effusion.",
+        "Findings may represent a {size} {side} pleural effusion.",
+    ),
     "pneumothorax": ("Possible {size} {side} pneumothorax.", "Questionable {size} {side} apical pneumothorax."),
     "consolidation": (
         "Possible {patch} in the {side} {zone} lung zone.",
         "{Side} {zone} zone opacity may represent consolidation.",
     ),
     "nodule": (
-        "Possible {size} {nodule} in the {side} {zone} lung zone.",
+        "Possible {nodule} in the {side} {zone} lung zone.",
         "Questionable {nodule} over the {side} {zone} lung.",
     ),
     "atelectasis": (
@@ -97,7 +103,7 @@ _IMPRESSIONS = {
         "{Side} {zone} lung consolidation, concerning for pneumonia.",
         "{Side} {zone} zone pneumonia.",
     ),
-    "nodule": ("{Side} {zone} lung {nodule}.", "{Size} {nodule} in the {side} {zone} zone. Recommend CT."),
+    "nodule": ("{Nodule} of the {side} {zone} lung.", "{Nodule} in the {side} {zone} zone. Recommend CT."),
     "atelectasis": ("{Side} {zone} zone atelectasis.", "{Extent} {side} atelectasis."),
 }
 _DEVICE_FINDINGS = {
@@ -139,14 +145,15 @@ def _write_findings(lesions: tuple[Lesion, ...], rng: np.random.Generator) -> st
         return _pick(NORMAL_FINDINGS, rng)
     kinds = {lesion.kind for lesion in lesions}
     positive = [_describe(group, rng) for group in _groups(lesions)]
-    before = [] if "cardiomegaly" in kinds else [_pick(_NORMAL_HEART, rng)]
-    after = [] if kinds & {"consolidation", "nodule", "atelectasis"} else [_pick(_CLEAR_LUNGS[: 1 + ("effusion" not in kinds)], rng)]
-    absent = [name for name, kind in (("pleural effusion", "effusion"), ("pneumothorax", "pneumothorax")) if kind not in kinds]
+    heart = [] if "cardiomegaly" in kinds else [_pick(_NORMAL_HEART, rng)]
+    negatives = []
+    if not kinds & {"consolidation", "nodule", "atelectasis"}:
+        negatives.append(_pick(_OTHERWISE_CLEAR if kinds & {"effusion", "pneumothorax"} else _CLEAR_LUNGS, rng))
+    absent = [words for words, kind in _PLEURAL if kind not in kinds]
     if absent:
-        after.append(f"No {' or '.join(absent)}.")
-    room = 5 - len(positive)
-    normal = (before + after)[:room] if len(before + after) > room else before + after
-    return " ".join(normal[: len(before)] + positive + normal[len(before) :])
+        negatives.append(f"No {' or '.join(absent)}.")
+    sentences = heart + positive + negatives
+    return " ".join(sentences[:MOST_SENTENCES])  # what is cut is a negative: at most three kinds are found
 
 
 def _write_impression(lesions: tuple[Lesion, ...], rng: np.random.Generator) -> str:
@@ -200,7 +207,7 @@ def _words(lesion: Lesion) -> dict[str, str]:
         "degree": ("mildly", "moderately", "severely")[s],
         "extent": ("mild", "moderate", "severe")[s],
         "patch": ("patchy consolidation", "moderate consolidation", "dense extensive consolidation")[s],
-        "nodule": ("nodule", "nodule", "mass")[s],
+        "nodule": ("small nodule", "nodule", "large nodule")[s],
         "plates": ("Subsegmental atelectasis", "Plate-like atelectasis", "Multiple bands of atelectasis")[s],
     }
     return words | {word.capitalize(): text[:1].upper() + text[1:] for word, text in words.items()}

@@ -21,6 +21,12 @@ SPLIT_NAMES = {
 }  # fmt: skip
 
 
+VIEW_POSITIONS = {
+    "frontal": "frontal", "pa": "frontal", "ap": "frontal", "ap supine": "frontal", "ap erect": "frontal",
+    "lateral": "lateral", "ll": "lateral", "rl": "lateral", "lat": "lateral",
+}  # fmt: skip
+
+
 def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[dict[str, str]]:
     """The rows of a CSV (.tsv: tab-separated; .gz: compressed), header names stripped, blank cells as "".
 
@@ -59,6 +65,10 @@ def require_columns(path: Path, columns: Sequence[str], required: Iterable[str])
 def section_text(cell: str) -> str:
     """A report section as it stands in a cell; "" where people wrote a placeholder for nothing."""
     return "" if is_missing(cell) else cell.strip()
+
+
+def parse_view(cell: str) -> str:
+    return VIEW_POSITIONS.get(cell.strip().lower(), "unknown")
 
 
 def parse_split(value: str, path: Path) -> str:
@@ -103,3 +113,116 @@ def read_labels(row: Mapping[str, str], columns: Iterable[str], path: Path) -> d
             raise ValueError(f"{path}: label {name} = {cell!r}: must be 1, 0, -1 (uncertain) or blank")
         labels[name] = int(value)
     return labels
+
+
+ROLES = ("image", "patient", "study", "findings", "impression", "report", "view", "split", "labels")
+TEXT_ROLES = ("findings", "impression", "report")
+
+
+class TableSource:
+    """One row per image of any CSV or TSV; rows with the same patient and study are one study.
+
+    root is the file, or a folder that holds one; image paths start from the folder of the file. columns names, by role,
+    the columns that are not called as the role is: image, patient (both needed), study (else every row is its own),
+    findings, impression, report (the whole text, from which the sections that have no column are parsed), view (else all
+    are frontal) and split (else drawn by patient). columns["labels"] is a list of columns, or the prefix of their
+    names; without it that is "label_".
+    """
+
+    name = "table"
+    synthetic = False
+
+    def __init__(
+        self, root: str | Path, columns: Mapping[str, str | Sequence[str]] | None = None, *, style: str = "tolerant"
+    ):
+        self._path = _table_file(Path(root))
+        self._style = style
+        first = next(read_rows(self._path), None)
+        if first is None:
+            raise ValueError(f"{self._path}: no rows")
+        self._columns, self._labels = _resolve_columns(self._path, list(first), dict(columns or {}))
+        self._studies: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        for row in read_rows(self._path):
+            self._studies[self._cell(row, "patient"), self._study_id(row)].append(row)
+        if "split" in self._columns:
+            splits = (
+                (patient, self._split(patient, row)) for (patient, _), rows in self._studies.items() for row in rows
+            )
+            check_patient_splits(splits, self._path)
+
+    def __len__(self) -> int:
+        return len(self._studies)
+
+    def __iter__(self) -> Iterator[Study]:
+        for (patient_id, study_id), rows in self._studies.items():
+            findings, impression = self._sections(rows)
+            yield Study(
+                patient_id=patient_id,
+                study_id=study_id,
+                split=self._split(patient_id, rows[0]),
+                findings=findings,
+                impression=impression,
+                radiographs=tuple(self._radiograph(row) for row in rows),
+                labels={name: value for row in rows for name, value in self._row_labels(row).items()},
+            )
+
+    def _cell(self, row: dict[str, str], role: str) -> str:
+        return row[self._columns[role]].strip() if role in self._columns else ""
+
+    def _study_id(self, row: dict[str, str]) -> str:
+        """Names such as study1 come back with every patient, so the patient is part of the id."""
+        return f"{self._cell(row, 'patient')}/{self._cell(row, 'study') or self._cell(row, 'image')}"
+
+    def _split(self, patient_id: str, row: dict[str, str]) -> str:
+        return (
+            parse_split(self._cell(row, "split"), self._path) if "split" in self._columns else split_by_hash(patient_id)
+        )
+
+    def _sections(self, rows: list[dict[str, str]]) -> tuple[str, str]:
+        """The first of each section that any row of the study has."""
+        cells = {
+            role: next((t for row in rows if (t := section_text(self._cell(row, role)))), "") for role in TEXT_ROLES
+        }
+        parsed = parse_report(cells["report"], self._style)
+        return cells["findings"] or parsed.findings, cells["impression"] or parsed.impression
+
+    def _radiograph(self, row: dict[str, str]) -> RadiographRef:
+        image = self._cell(row, "image")
+        view = parse_view(self._cell(row, "view")) if "view" in self._columns else "frontal"
+        return RadiographRef(image, view, partial(load_radiograph, self._path.parent / image))
+
+    def _row_labels(self, row: dict[str, str]) -> dict[str, int]:
+        labels = read_labels(row, self._labels, self._path)
+        return {self._labels[column]: value for column, value in labels.items()}
+
+
+def _table_file(root: Path) -> Path:
+    if root.is_file():
+        return root
+    found = sorted(path for suffix in ("csv", "csv.gz", "tsv", "tsv.gz") for path in root.glob(f"*.{suffix}"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(f"{root}: expected one CSV or TSV file, found: {names}; give the file itself as --root")
+    return found[0]
+
+
+def _resolve_columns(path: Path, header: list[str], columns: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """(column of each role that the table has, label name of each label column)."""
+    unknown = columns.keys() - set(ROLES)
+    if unknown:
+        raise ValueError(f"columns: {', '.join(sorted(unknown))} is not a role; the roles are {', '.join(ROLES)}")
+    labels = columns.pop("labels", "label_")
+    require_columns(path, header, columns.values())
+    found = {role: role for role in ROLES if role in header} | columns
+    if "patient" not in found:
+        raise ValueError(
+            f"{path}: no column for patient; it has: {', '.join(header)}. Name it with columns={{'patient': ...}}; where "
+            "every image is another patient that is the image column"
+        )
+    require_columns(path, header, [found.get("image", "image")])
+    if not any(role in found for role in TEXT_ROLES):
+        raise ValueError(f"{path}: no column for findings, impression or report; it has: {', '.join(header)}")
+    if isinstance(labels, str):
+        return found, {name: name.removeprefix(labels) for name in header if labels and name.startswith(labels)}
+    require_columns(path, header, labels)
+    return found, {name: name for name in labels}

@@ -1,0 +1,71 @@
+"""One radiograph of a study -> the files of one sample: picture, masks and the JSON beside them."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from imitate_ds.batch import is_missing
+from imitate_ds.data.radiographs import ContentBox, content_box, fit_square
+from imitate_ds.data.sources.base import RadiographRef, Study
+
+JPEG_QUALITY = 95
+
+
+def encode_sample(study: Study, image: RadiographRef, size: int) -> tuple[dict[str, bytes], dict]:
+    """The picture files of a sample by their suffix, and its JSON values except `synthetic`.
+
+    The radiograph is prepared as prepare_radiograph does; masks and boxes go with it into the same square. Raises
+    ValueError or OSError where the radiograph or a mask is damaged.
+    """
+    pixels = image.read()
+    content = content_box(pixels)
+    files = {"jpg": _encoded(fit_square(pixels, content, size), "JPEG", quality=JPEG_QUALITY)}
+    for name, read in study.masks.items():
+        mask = read()
+        if mask.shape != pixels.shape:
+            raise ValueError("mask and radiograph differ in size")
+        files[f"{name}.mask.png"] = _encoded(fit_square(mask, content, size, nearest=True), "PNG")
+    return files, _meta(study, image, content, size)
+
+
+def error_rule(error: Exception) -> str:
+    """Why a radiograph could not be read, without detail: the same words for every sample with the same fault."""
+    if isinstance(error, OSError):
+        return (error.strerror or "cannot be read").lower()
+    return str(error).partition(":")[0]
+
+
+def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _meta(study: Study, image: RadiographRef, content: ContentBox, size: int) -> dict:
+    """Ids and text live here, inside the tar, and nowhere else."""
+    extra = dict(study.extra)
+    if isinstance(boxes := extra.get("boxes"), list):
+        extra["boxes"] = [_placed(box, content, size) for box in boxes]
+    return {
+        "findings": "" if is_missing(study.findings) else study.findings,
+        "impression": "" if is_missing(study.impression) else study.impression,
+        "patient_id": study.patient_id,
+        "study_id": study.study_id,
+        "image_id": image.image_id,
+        "view_position": image.view_position,
+        "split": study.split,
+        "labels": study.labels,
+        "extra": extra,
+    }
+
+
+def _placed(box: dict, content: ContentBox, size: int) -> dict:
+    """A box {x, y, width, height} in the radiograph's pixels, in those of the square that fit_square makes of it."""
+    height, width = content.bottom - content.top, content.right - content.left
+    scale = size / max(height, width)
+    top, left = (size - round(height * scale)) // 2, (size - round(width * scale)) // 2
+    x, x_end = (np.clip(v - content.left, 0, width) * scale + left for v in (box["x"], box["x"] + box["width"]))
+    y, y_end = (np.clip(v - content.top, 0, height) * scale + top for v in (box["y"], box["y"] + box["height"]))
+    place = {"x": x, "y": y, "width": x_end - x, "height": y_end - y}
+    return {**box, **{name: round(float(value), 2) for name, value in place.items()}}

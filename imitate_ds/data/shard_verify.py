@@ -1,0 +1,66 @@
+"""Read every byte of a shard folder again and say what is wrong with it."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from imitate_ds.data.radiographs import decode_radiograph
+from imitate_ds.data.shard_index import INDEX, ShardEntry, ShardIndex, build_id, file_sha256, load_index, read_shard
+from imitate_ds.data.shard_sample import error_rule
+from imitate_ds.data.text_cache import TEXT_INDEX, load_text_cache
+
+
+def verify_shards(root: Path) -> list[str]:
+    """One line per problem, which names samples by key; an empty list where all is well.
+
+    Raises what load_index raises where there is nothing to verify.
+    """
+    index = load_index(root)
+    problems: list[str] = []
+    if index.build_id != build_id(index.shards):
+        problems.append(f"{INDEX}: build_id does not belong to these shards")
+    for shard in index.shards:
+        problems += [f"{shard.name}: {problem}" for problem in _shard_problems(index, shard)]
+    if (root / TEXT_INDEX).is_file():
+        problems += [problem for shard in index.shards for problem in _text_problems(root, shard)]
+    return problems
+
+
+def _shard_problems(index: ShardIndex, shard: ShardEntry) -> Iterator[str]:
+    if file_sha256(index.root / shard.name) != shard.sha256:
+        yield "sha256 differs from the index; copy or build it again"
+        return
+    if len(shard.members) != shard.samples:
+        yield f"{len(shard.members)} members, but samples = {shard.samples}"
+    yield from _misplaced(index.root / shard.name, shard)
+    for member, image, meta in read_shard(index.root, shard):
+        if meta.get("split") != shard.split:
+            yield f"sample {member.key}: is of another split than its shard"
+        if problem := _image_problem(image, index.image_size):
+            yield f"sample {member.key}: {problem}"
+
+
+def _misplaced(path: Path, shard: ShardEntry) -> Iterator[str]:
+    with tarfile.open(path) as tar:
+        places = {info.name: (info.offset_data, info.size) for info in tar}
+    for member in shard.members:
+        if places.get(f"{member.key}.jpg") != (member.image_offset, member.image_size):
+            yield f"sample {member.key}: no radiograph where the index says"
+        if places.get(f"{member.key}.json") != (member.meta_offset, member.meta_size):
+            yield f"sample {member.key}: no JSON where the index says"
+
+
+def _image_problem(data: bytes, size: int) -> str:
+    try:
+        shape = decode_radiograph(data).shape
+    except (ValueError, OSError) as error:
+        return f"radiograph cannot be decoded: {error_rule(error)}"
+    return "" if shape == (size, size) else f"radiograph is {shape[0]} x {shape[1]}, not {size} x {size}"
+
+
+def _text_problems(root: Path, shard: ShardEntry) -> list[str]:
+    try:
+        load_text_cache(root, shard)
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]
+    return []

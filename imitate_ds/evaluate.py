@@ -1,0 +1,245 @@
+"""Evaluation, an entrance: what an exported model can do on the samples of a split it was not trained on.
+
+Two protocols. `strict`, the default: by patient, duplicate texts are one candidate. `reference`: as papers did, to
+compare with papers. Every figure has a 95 % interval by bootstrap over patients.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+
+from imitate_ds.data.shards import load_index
+from imitate_ds.embedded import (
+    SplitRecords,
+    TextEmbeddings,
+    duplicate_groups,
+    embed_radiographs,
+    embed_reports,
+    read_split,
+)
+from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
+from imitate_ds.metrics import (
+    DRAWS,
+    SEED,
+    Figures,
+    bootstrap_by_patient,
+    figure,
+    macro_auroc_statistic,
+    roc_curve,
+)
+from imitate_ds.probe import fit_probe
+from imitate_ds.prompts import prompts_for
+from imitate_ds.report import write_result
+from imitate_ds.retrieval import Pairs, score_pairs
+
+Protocol = Literal["strict", "reference"]
+
+LEVELS = ("impression", "findings", "report")
+SHARES = {"1%": 0.01, "10%": 0.1, "100%": 1.0}  # of the training labels
+PROBE_SEEDS = {"strict": (0, 1, 2, 3, 4), "reference": (42,)}
+
+
+class Task(NamedTuple):
+    """What every task starts from."""
+
+    model: PretrainedImitate
+    records: SplitRecords
+    images: ImageEmbeddings
+
+
+def evaluate_retrieval(
+    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+) -> dict[str, Any]:
+    """Image to report and back: R@k by pair and P@k by label, at the levels impression, findings and report.
+
+    `strict` takes each distinct text once; `reference` takes all and counts the exact pair only. Beside each figure
+    stand `chance`, a random order, and `blind`, the best answer that is the same for every query.
+    """
+    task = _open(model, shards, split, protocol)
+    texts = embed_reports(task.model, task.records)
+    metrics: Figures = {}
+    curves: dict[str, Any] = {}
+    left_out: list[str] = []
+    for level in LEVELS:
+        pairs = _level(level, task, texts)
+        if len(np.unique(pairs.groups)) < 2:
+            left_out.append(level)
+            continue
+        if protocol == "reference":
+            pairs = pairs._replace(groups=np.arange(len(pairs.groups)))
+        figures, recalls = score_pairs(pairs)
+        metrics |= {f"{level}/{name}": value for name, value in figures.items()}
+        curves |= {f"{level}/{name}": curve for name, curve in recalls.items()}
+    if not metrics:
+        raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
+    settings = {"levels_left_out": left_out, "ties": "count against the query"}
+    return _write("retrieval", out, protocol, task, metrics, settings, curves)
+
+
+def evaluate_zero_shot(
+    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+) -> dict[str, Any]:
+    """Prompted classification on the impression branch: AUROC per label and macro.
+
+    An image's score depends on no other image: nothing is standardised over the batch. AUROC of one label does not
+    notice such a scaling, nor does it need a threshold, so both protocols give the same figures here.
+    """
+    task = _open(model, shards, split, protocol)
+    _require_labels(task.records)
+    prompts = prompts_for(task.records.index.labels)
+    margins = task.model.zero_shot_scores(task.images.impression, prompts)
+    scores = torch.stack(list(margins.values()), dim=1).numpy()
+    metrics = _aurocs(task.records, [scores])
+    settings = {
+        "prompts": prompts,
+        "score": "P(affirming) - P(denying)",
+        "temperature": task.model.settings["temperature"],
+    }
+    return _write("zero-shot", out, protocol, task, metrics, settings, _roc_curves(task.records, scores))
+
+
+def evaluate_probe(
+    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict", train_split: str = "train"
+) -> dict[str, Any]:
+    """Logistic regression on frozen pooled features at 1, 10 and 100 % of the labels: AUROC per label and macro.
+
+    `strict` draws patients, five times for the smaller shares (mean and standard deviation over the draws), and refuses
+    a patient on both sides. `reference` draws images, once, with seed 42.
+    """
+    task = _open(model, shards, split, protocol)
+    _require_labels(task.records)
+    train = read_split(task.records.index, train_split)
+    shared = len(np.intersect1d(train.patients, task.records.patients))
+    if shared and protocol == "strict":
+        raise ValueError(
+            f"split = {split!r}: {shared} of its patients are in {train_split!r} too; build shards that split by patient, "
+            "or ask for --protocol reference"
+        )
+    features = embed_radiographs(task.model, train, workers=_workers()).pooled.numpy()
+    scored = task.images.pooled.numpy()
+    units = train.patients if protocol == "strict" else np.array(train.keys)
+    metrics: Figures = {}
+    settings: dict[str, Any] = {"train_split": train_split, "shared_patients": shared, "shares": {}}
+    curves: dict[str, Any] = {}
+    for name, share in SHARES.items():
+        seeds = PROBE_SEEDS[protocol] if share < 1 else PROBE_SEEDS[protocol][:1]
+        fits = [fit_probe(features, train.labels, units, scored, share=share, seed=seed) for seed in seeds]
+        figures = _aurocs(task.records, [fit.scores for fit in fits])
+        metrics |= {f"{name}/{key}": figure for key, figure in figures.items()}
+        settings["shares"][name] = {
+            "seeds": list(seeds),
+            "C": [fit.strength for fit in fits],
+            "samples": [fit.samples for fit in fits],
+            "labels_with_one_value": [[train.index.labels[i] for i in fit.untrained] for fit in fits],
+        }
+        if share == 1:
+            curves = _roc_curves(task.records, fits[0].scores)
+    return _write("probe", out, protocol, task, metrics, settings, curves)
+
+
+def _open(model: Path, shards: Path, split: str, protocol: str) -> Task:
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol = {protocol!r}: must be 'strict' or 'reference'")
+    pretrained = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
+    records = read_split(load_index(Path(shards)), split)
+    return Task(pretrained, records, embed_radiographs(pretrained, records, workers=_workers()))
+
+
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _level(level: str, task: Task, texts: TextEmbeddings) -> Pairs:
+    """The rows whose inner product is the similarity of a level, for the studies that have its sections.
+
+    `report` adds the cosines of both levels: the inner product of rows laid end to end. A model without findings branch
+    has only its impression branch to answer with; one aligned with whole reports answers for them with that.
+    """
+    images, records = task.images, task.records
+    fine = images.impression if images.findings is None else images.findings
+    if level == "impression":
+        rows, keep = (images.impression, texts.impression), records.has("impression")
+    elif level == "findings":
+        rows, keep = (fine, texts.findings), records.has("findings")
+    else:
+        keep = records.has("impression") & records.has("findings")
+        rows = (images.impression, texts.report)
+        if task.model.settings["impression_text"] != "report":
+            rows = torch.cat([images.impression, fine], 1), torch.cat([texts.impression, texts.findings], 1)
+    words = [text for text, kept in zip(records.texts(level), keep, strict=True) if kept]  # type: ignore[arg-type]
+    chosen = torch.from_numpy(keep)
+    return Pairs(
+        rows[0][chosen], rows[1][chosen], duplicate_groups(words), records.patients[keep], records.labels[keep]
+    )
+
+
+def _require_labels(records: SplitRecords) -> None:
+    known = (records.labels == 0) | (records.labels == 1)
+    if not known.any():
+        raise ValueError(
+            f"shards = '{records.index.root}': no labels in split {records.split!r}; build them from a source with labels "
+            "(the table source takes label columns), or evaluate retrieval, which needs none"
+        )
+
+
+def _aurocs(records: SplitRecords, draws: list[np.ndarray]) -> Figures:
+    """AUROC per label and macro of scores [n, L], the mean over draws; a label with one value is not defined."""
+    statistics = [macro_auroc_statistic(records.labels, scores) for scores in draws]
+
+    def each_draw(weights: np.ndarray) -> np.ndarray:
+        return np.stack([statistic(weights) for statistic in statistics])
+
+    values = each_draw(np.ones(len(records.keys)))
+    low, high = bootstrap_by_patient(lambda weights: each_draw(weights).mean(axis=0), records.patients)
+    means, spread = values.mean(axis=0), values.std(axis=0, ddof=1 if len(draws) > 1 else 0)
+    more = [
+        {"std": round(float(s), 6), "draws": len(draws)} if len(draws) > 1 and np.isfinite(s) else {} for s in spread
+    ]
+    undefined = [name for name, value in zip(records.index.labels, means, strict=False) if np.isnan(value)]
+    counts = {"labels": len(means) - 1 - len(undefined), "not_defined": undefined}
+    figures = {"auroc_macro": figure(means[-1], low[-1], high[-1], n=len(records.keys), **counts, **more[-1])}
+    for i, name in enumerate(records.index.labels):
+        column = records.labels[:, i]
+        size = {"n": int(((column == 0) | (column == 1)).sum()), "positives": int((column == 1).sum())}
+        figures[f"auroc/{name}"] = figure(means[i], low[i], high[i], **size, **more[i])
+    return figures
+
+
+def _roc_curves(records: SplitRecords, scores: np.ndarray) -> dict[str, Any]:
+    curves = {}
+    for i, name in enumerate(records.index.labels):
+        column = records.labels[:, i]
+        if (column == 0).any() and (column == 1).any():
+            false_positives, true_positives = roc_curve(column, scores[:, i])
+            curves[f"roc/{name}"] = {"false_positive_rate": false_positives, "true_positive_rate": true_positives}
+    return curves
+
+
+def _write(
+    name: str, out: Path, protocol: str, task: Task, metrics: Figures, settings: dict[str, Any], curves: dict[str, Any]
+) -> dict[str, Any]:
+    model = task.model
+    bootstrap = {"draws": DRAWS, "seed": SEED, "unit": "patient", "interval": "95 % percentile"}
+    result = {
+        "task": name,
+        "protocol": protocol,
+        "model": {
+            "path": str(model.folder),
+            "weights_sha256": hashlib.sha256((model.folder / WEIGHTS).read_bytes()).hexdigest()[:16],
+            "preset": model.settings["preset"],
+            "image_encoder": model.settings["model"]["image_encoder"],
+            "impression_text": model.settings["impression_text"],
+            "trained_on": model.settings["data"],
+            "synthetic": model.settings["synthetic"],
+        },
+        "data": task.records.describe(),
+        "settings": {**settings, "bootstrap": bootstrap},
+        "metrics": metrics,
+        "curves": curves,
+    }
+    write_result(Path(out), result)
+    return result

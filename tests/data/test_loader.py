@@ -1,0 +1,291 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imitate_ds.batch import Batch
+from imitate_ds.config import RunConfig, build_run_config
+from imitate_ds.data.loader import ShardReader, build_eval_loader, build_train_loader, build_train_plan
+from imitate_ds.data.shards import build_shards, load_index
+from imitate_ds.data.sources.phantom import PhantomSource
+from imitate_ds.data.text_cache import embed_shards, fit_texts, load_text_cache
+from imitate_ds.models.text_encoder import LsaEncoder
+
+pytestmark = pytest.mark.filterwarnings(
+    "error:The given NumPy array is not writable", "ignore:This DataLoader will create"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """64 phantom studies in shards of 10, with embeddings."""
+    root = tmp_path_factory.mktemp("shards")
+    source = PhantomSource(64, seed=1, size=64, val_share=0.2, test_share=0.0)
+    build_shards(source, root, image_size=64, workers=0, samples_per_shard=10, progress=False)
+    embed_shards(root, LsaEncoder.fit(fit_texts(root), dim=8))
+    return root
+
+
+@pytest.fixture
+def shards(built, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "shards"))
+
+
+def _config(root: Path, *, micro_batch_size: int = 6, seed: int = 3, **data) -> RunConfig:
+    data = {"shards": str(root), "input_size": 32, "workers": 0, **data}
+    return build_run_config({"name": "x", "seed": seed, "data": data, "train": {"micro_batch_size": micro_batch_size}})
+
+
+def _train(config: RunConfig, stop_step: int, start_step: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    loader = build_train_loader(config, rank=rank, world_size=world_size, start_step=start_step, stop_step=stop_step)
+    batches = list(loader)
+    assert len(batches) == len(loader) == stop_step - start_step
+    return batches
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _join(parts: tuple[Batch, ...]) -> Batch:
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in Batch._fields
+        if isinstance(getattr(parts[0], name), torch.Tensor)
+    }
+    return parts[0]._replace(keys=[key for part in parts for key in part.keys], **tensors)
+
+
+def test_a_batch_is_what_the_shards_hold(built):
+    index = load_index(built)
+    batch = _train(_config(built), 1)[0]
+    assert batch.images.shape == (6, 2, 1, 32, 32)
+    assert batch.images.dtype == torch.uint8
+    assert batch.findings.shape == (6, 8)
+    assert batch.findings.dtype == batch.impression.dtype == torch.float32
+    assert batch.has_findings.dtype == batch.has_impression.dtype == torch.bool
+    assert batch.step == 0
+    for row, key in enumerate(batch.keys):
+        shard, place = next((s, i) for s in index.shards for i, m in enumerate(s.members) if m.key == key)
+        text = load_text_cache(built, shard)
+        assert shard.split == "train"
+        assert torch.equal(batch.findings[row], text.findings[place].float())
+        assert torch.equal(batch.impression[row], text.impression[place].float())
+        assert batch.has_findings[row] == text.has_findings[place]
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 3)])
+def test_any_ranks_and_workers_give_the_same_global_batches(built, world_size, workers):
+    config = _config(built)
+    steps = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch + 3  # into the second epoch
+    whole = _train(config, steps)
+    split = _config(built, micro_batch_size=6 // world_size, workers=workers)
+    parts = [_train(split, steps, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = [_join(part) for part in zip(*parts, strict=True)]
+    assert [batch.step for batch in joined] == list(range(steps))
+    assert all(_same(one, other) for one, other in zip(whole, joined, strict=True)), "views and embeddings, bit by bit"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_in_mid_epoch_gives_the_tail(built, workers):
+    config = _config(built)
+    per_epoch = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch
+    whole = _train(config, per_epoch + 4)
+    tail = _train(_config(built, workers=workers), per_epoch + 4, start_step=per_epoch - 2)
+    assert all(_same(one, other) for one, other in zip(whole[per_epoch - 2 :], tail, strict=True))
+    assert _train(config, 5, start_step=5) == []
+
+
+def test_epochs_differ_in_order_and_views(built):
+    config = _config(built)
+    per_epoch = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch
+    batches = _train(config, 2 * per_epoch)
+    first, second = (_join(tuple(batches[i : i + per_epoch])) for i in (0, per_epoch))
+    assert first.keys != second.keys
+    assert len(set(first.keys)) == len(first.keys)
+    both = set(first.keys) & set(second.keys)
+    assert len(both) > 20
+    for key in both:
+        one, other = first.images[first.keys.index(key)], second.images[second.keys.index(key)]
+        assert not torch.equal(one, other)
+
+
+def test_a_loader_may_be_read_again(built):
+    loader = build_train_loader(_config(built), rank=0, world_size=1, stop_step=2)
+    assert all(_same(one, other) for one, other in zip(list(loader), list(loader), strict=True))
+
+
+def test_the_report_may_stand_for_the_impression(built):
+    plain, report = (_train(_config(built, impression_text=text), 4) for text in ("impression", "report"))
+    texts = {
+        member.key: load_text_cache(built, shard).report[row].float()
+        for shard in load_index(built).of_split("train")
+        for row, member in enumerate(shard.members)
+    }
+    for one, other in zip(plain, report, strict=True):
+        assert torch.equal(other.impression, torch.stack([texts[key] for key in other.keys]))
+        assert torch.equal(other.has_impression, one.has_findings | one.has_impression)
+        assert torch.equal(other.findings, one.findings)
+
+
+def _damage_image(root: Path, key: str) -> None:
+    """Flip every bit of one JPEG inside its tar, whose size stays."""
+    shard, member = next((s, m) for s in load_index(root).shards for m in s.members if m.key == key)
+    with (root / shard.name).open("r+b") as tar:
+        tar.seek(member.image_offset)
+        data = tar.read(member.image_size)
+        tar.seek(member.image_offset)
+        tar.write(bytes(byte ^ 0xFF for byte in data))
+
+
+def _damage_embedding(root: Path, key: str) -> None:
+    """Make one findings embedding NaN, leaving the file's metadata."""
+    shard, row = next((s, i) for s in load_index(root).shards for i, m in enumerate(s.members) if m.key == key)
+    path = root / shard.text_name
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["findings"][row, 0] = float("nan")
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("damage", [_damage_image, _damage_embedding])
+def test_a_damaged_sample_is_replaced_counted_and_named(shards, caplog, damage):
+    whole = _train(_config(shards), 3)
+    victim = whole[1].keys[4]
+    damage(shards, victim)
+    found = _train(_config(shards, max_skipped=1), 3)
+    assert f"sample {victim} skipped in step 1" in caplog.text
+    assert [len(set(batch.keys)) for batch in found] == [6, 6, 6], "batches stay full"
+    assert victim not in found[1].keys
+    assert [key for batch in found for key in batch.keys if key not in whole[batch.step].keys] == [found[1].keys[4]]
+    assert _same(found[0], whole[0])
+    assert all(torch.isfinite(batch.findings).all() for batch in found)
+    split = _config(shards, micro_batch_size=3, max_skipped=1, workers=2)
+    parts = [_train(split, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    joined = [_join(part) for part in zip(*parts, strict=True)]
+    assert all(_same(one, other) for one, other in zip(found, joined, strict=True)), "the same substitute anywhere"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_damaged_samples_stop_the_run(shards, workers):
+    whole = _train(_config(shards), 3)
+    victims = [whole[0].keys[0], whole[1].keys[1], whole[2].keys[2]]
+    for victim in victims:
+        _damage_image(shards, victim)
+    assert len(_train(_config(shards, max_skipped=3, workers=workers), 3)) == 3
+    loader = build_train_loader(_config(shards, max_skipped=2, workers=workers), rank=0, world_size=1, stop_step=3)
+    with pytest.raises(
+        RuntimeError, match=rf"data\.max_skipped = 2: 3 damaged .* epoch 0.*{victims[2]}.*shards verify"
+    ):
+        list(loader)
+
+
+def test_damage_is_counted_by_epoch(shards):
+    config = _config(shards, max_skipped=1)
+    per_epoch = build_train_plan(config, load_index(shards), world_size=1).steps_per_epoch
+    batches = _train(config, 2 * per_epoch)
+    seen = [{key for batch in batches[i : i + per_epoch] for key in batch.keys} for i in (0, per_epoch)]
+    _damage_image(shards, min(seen[0] & seen[1]))
+    assert len(_train(config, 2 * per_epoch)) == 2 * per_epoch
+
+
+def test_a_shard_of_damage_ends_at_once(shards):
+    for shard in load_index(shards).of_split("train"):
+        (shards / shard.name).write_bytes(bytes(shard.bytes))
+    with pytest.raises(RuntimeError, match=r"data\.max_skipped = 5: 6 damaged samples"):
+        _train(_config(shards, max_skipped=5), 1)
+
+
+def test_too_few_samples(built):
+    with pytest.raises(ValueError, match=r"data\.shards: .* fewer than one global batch of 256 .*micro_batch_size"):
+        build_train_loader(_config(built, micro_batch_size=128), rank=0, world_size=2, stop_step=1)
+
+
+def test_an_unknown_split_names_those_there_are(built):
+    with pytest.raises(ValueError, match=r"'dev'.* has no such split; it has: train, val"):
+        build_eval_loader(built, "dev", input_size=32, batch_size=4, workers=0)
+
+
+def test_missing_or_foreign_embeddings_fail_at_the_door(shards):
+    config = _config(shards)
+    text = next(iter(shards.glob("train-*.text.safetensors")))
+    text.unlink()
+    with pytest.raises(FileNotFoundError, match="shards embed"):
+        build_train_loader(config, rank=0, world_size=1, stop_step=1)
+    shutil.copy(next(iter(shards.glob("val-*.text.safetensors"))), text)
+    with pytest.raises(ValueError, match="shards embed"):
+        build_train_loader(config, rank=0, world_size=1, stop_step=1)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2), (3, 0), (40, 0)])
+def test_evaluation_covers_every_key_with_equal_batches(built, world_size, workers):
+    expected = [member.key for shard in load_index(built).of_split("val") for member in shard.members]
+    ranks = []
+    for rank in range(world_size):
+        loader = build_eval_loader(
+            built, "val", input_size=32, batch_size=4, workers=workers, rank=rank, world_size=world_size
+        )
+        ranks.append(list(loader))
+        assert len(loader) == len(ranks[-1])
+    assert len({tuple(len(batch.keys) for batch in batches) for batches in ranks}) == 1
+    keys = [key for batches in ranks for batch in batches for key in batch.keys]
+    assert list(dict.fromkeys(keys)) == expected
+    assert [batch.step for batch in ranks[0]] == list(range(len(ranks[0])))
+
+
+def test_evaluation_sees_the_whole_radiograph_and_its_report(built):
+    index = load_index(built)
+    reader = ShardReader(index, "val")
+    batch = next(iter(build_eval_loader(index, "val", input_size=64, batch_size=3, workers=0)))
+    samples = [reader.read(reader.row_of(number)) for number in range(3)]
+    assert batch.images.shape == (3, 1, 1, 64, 64)
+    assert torch.equal(batch.images[:, 0], torch.stack([sample.image for sample in samples]))
+    assert torch.equal(batch.impression, torch.stack([sample.impression for sample in samples]))
+
+
+def test_evaluation_without_text_needs_no_embeddings(shards):
+    for text in [*shards.glob("*.text.safetensors"), shards / "text.json"]:
+        text.unlink()
+    batch = next(iter(build_eval_loader(shards, "val", input_size=32, batch_size=3, workers=0, with_text=False)))
+    assert batch.findings.shape == batch.impression.shape == (3, 0)
+    assert not batch.has_findings.any()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_refuses_a_damaged_sample_by_key(shards, workers):
+    key = load_index(shards).of_split("val")[0].members[2].key
+    _damage_image(shards, key)
+    with pytest.raises(ValueError, match=rf"sample {key}: .*shards verify"):
+        list(build_eval_loader(shards, "val", input_size=32, batch_size=4, workers=workers))
+
+
+def test_few_tars_are_open_at_a_time(built, monkeypatch):
+    monkeypatch.setattr("imitate_ds.data.loader.OPEN_SHARDS", 2)
+    reader = ShardReader(load_index(built), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    again = [reader.read(reader.row_of(number)).key for number in [*range(reader.samples), 0, 25]]
+    assert len(os.listdir("/proc/self/fd")) - before <= 2
+    assert again[-2:] == [again[0], again[25]]
+
+
+def test_workers_outlive_the_signals_that_drain_a_run(built):
+    batches = iter(build_train_loader(_config(built, workers=2), rank=0, world_size=1, stop_step=12))
+    first = [next(batches), next(batches)]  # one of each worker: both are past their start
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert [batch.step for batch in [*first, *batches]] == list(range(12))

@@ -1,0 +1,197 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from imitate_ds.models.text_encoder import DESCRIPTION, HuggingFaceEncoder, LsaEncoder, load_text_encoder
+
+REPORTS = [
+    "The lungs are clear. No pleural effusion.",
+    "Small left pleural effusion.",
+    "Large right pleural effusion with atelectasis.",
+    "Cardiomegaly. No pneumothorax.",
+    "The heart is enlarged.",
+    "No acute cardiopulmonary abnormality.",
+]
+WORDS = [
+    "the",
+    "lungs",
+    "are",
+    "clear",
+    "no",
+    "pleural",
+    "effusion",
+    "left",
+    "right",
+    "large",
+    "heart",
+    "##s",
+    ".",
+    ",",
+]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A BERT of two layers and a WordPiece tokenizer with random weights, saved as a hub folder would be."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=24,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_bert_gives_the_vector_of_its_first_token(bert):
+    encoder = load_text_encoder(str(bert))
+    rows = encoder.encode(["The lungs are clear.", "No effusion."])
+    model = BertModel.from_pretrained(bert).eval()
+    ids = [
+        [2, *(5 + WORDS.index(word) for word in text.split()), 3] for text in ("the lungs are clear .", "no effusion .")
+    ]
+    for row, tokens in zip(rows, ids, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).last_hidden_state[0, 0]
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
+    assert rows.dtype == torch.float32
+    assert encoder.width == 32
+
+
+def test_bert_rows_do_not_depend_on_their_neighbours(bert):
+    encoder = load_text_encoder(str(bert))
+    texts = [*REPORTS, "", "Effusion.", "N/A"]
+    together, one_by_one = encoder.encode(texts, batch_size=4), [encoder.encode([text])[0] for text in texts]
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-5, atol=1e-6)
+    missing = together.eq(0).all(dim=1)
+    assert missing.tolist() == [text in ("", "N/A") for text in texts]
+
+
+def test_bert_reads_as_many_tokens_as_it_has_positions(bert):
+    encoder = load_text_encoder(str(bert))  # 24 positions: [CLS], 22 words, [SEP]
+    start = "lungs clear " * 11
+    torch.testing.assert_close(encoder.encode([start + "no effusion"]), encoder.encode([start + "large heart"]))
+    assert not torch.allclose(encoder.encode([start]), encoder.encode(["heart " + start]))
+    short = HuggingFaceEncoder.load(str(bert), max_tokens=4)
+    torch.testing.assert_close(short.encode(["no effusion left"]), short.encode(["no effusion right"]))
+
+
+def test_a_bert_folder_of_the_older_kind_has_its_words_in_vocab_txt(bert, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(bert / name, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"lacks tokenizer\.json or vocab\.txt|and tokenizer"):
+        load_text_encoder(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    expected = load_text_encoder(str(bert)).encode(["No effusion.", "Lungs clear, LARGE heart."])
+    torch.testing.assert_close(
+        load_text_encoder(str(tmp_path)).encode(["No effusion.", "Lungs clear, LARGE heart."]), expected
+    )
+
+
+def test_bert_is_frozen_and_the_same_every_time(bert):
+    encoder = load_text_encoder(str(bert))
+    assert isinstance(encoder, HuggingFaceEncoder)
+    rows = encoder.encode(REPORTS)
+    assert not rows.requires_grad
+    assert torch.equal(rows, encoder.encode(REPORTS))
+
+
+def test_bert_saved_and_loaded_is_the_same_encoder(bert, tmp_path):
+    encoder = HuggingFaceEncoder.load(str(bert), max_tokens=8)
+    encoder.encode(REPORTS)
+    encoder.save(tmp_path)
+    again = load_text_encoder(str(tmp_path))
+    assert again.fingerprint == encoder.fingerprint
+    assert torch.equal(again.encode(REPORTS), encoder.encode(REPORTS))
+    assert json.loads((tmp_path / DESCRIPTION).read_text())["kind"] == "huggingface"
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_fingerprint_changes_with_weights_and_with_settings(bert, tmp_path):
+    encoder = load_text_encoder(str(bert))
+    encoder.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"] += 1e-3
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    prints = {encoder.fingerprint, load_text_encoder(str(tmp_path)).fingerprint}
+    prints.add(HuggingFaceEncoder.load(str(bert), max_tokens=8).fingerprint)
+    assert len(prints) == 3
+    assert all(len(text) == 16 for text in prints)
+    assert load_text_encoder(str(bert)).fingerprint == encoder.fingerprint
+
+
+def test_an_encoder_that_is_nowhere_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (str(tmp_path), str(tmp_path / "absent"), "nobody-at-all/no-such-model"):
+        with pytest.raises(FileNotFoundError, match=r"hf download .* pass DIR, or use 'lsa'"):
+            load_text_encoder(name)
+
+
+def test_lsa_rows_are_tf_idf_on_its_leading_directions():
+    encoder = LsaEncoder.fit(REPORTS, dim=4)
+    rows = encoder.encode([*REPORTS, "", "nan", "zzz qqq"])
+    assert rows.shape == (9, 4)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.tensor([1.0] * 6 + [0.0] * 3))
+    likeness = rows[:6] @ rows[:6].T
+    assert likeness[1, 2] > likeness[1, 3]  # two effusions are more alike than an effusion and a large heart
+
+
+def test_lsa_is_deterministic_and_narrows_to_what_the_texts_span():
+    first, second = LsaEncoder.fit(REPORTS, dim=256), LsaEncoder.fit(REPORTS, dim=256)
+    assert first.width == len(REPORTS)
+    assert first.fingerprint == second.fingerprint
+    assert torch.equal(first.encode(REPORTS), second.encode(REPORTS))
+    assert LsaEncoder.fit(REPORTS, dim=3).fingerprint != first.fingerprint
+    assert LsaEncoder.fit(REPORTS[:5], dim=3).fingerprint != LsaEncoder.fit(REPORTS, dim=3).fingerprint
+
+
+def test_lsa_passes_over_blanks_and_case_but_not_over_no():
+    encoder = LsaEncoder.fit([*REPORTS, "XXXX XXXX-year-old ___ with XXXX effusion."], dim=7)
+    with_blanks, without = encoder.encode(["XXXX EFFUSION ___ seen", "effusion seen"])
+    torch.testing.assert_close(with_blanks, without)
+    assert not torch.allclose(*encoder.encode(["effusion", "no effusion"]))
+
+
+def test_lsa_saved_and_loaded_is_the_same_encoder(tmp_path):
+    encoder = LsaEncoder.fit(REPORTS, dim=4)
+    encoder.save(tmp_path / "encoder")
+    again = load_text_encoder(str(tmp_path / "encoder"))
+    assert again.fingerprint == encoder.fingerprint
+    assert torch.equal(again.encode(REPORTS), encoder.encode(REPORTS))
+    assert {path.suffix for path in (tmp_path / "encoder").iterdir()} == {".json", ".safetensors"}
+
+
+def test_lsa_refuses_what_it_cannot_be_fitted_on():
+    with pytest.raises(ValueError, match="1 different texts to fit on"):
+        LsaEncoder.fit(["clear lungs", "clear lungs", "", "nan"])
+    with pytest.raises(ValueError, match="dim = 1: must be at least 2"):
+        LsaEncoder.fit(REPORTS, dim=1)
+    with pytest.raises(ValueError, match="lsa: the texts to fit on hold no words"):
+        LsaEncoder.fit(["XXXX", "___ 3"])
+    with pytest.raises(ValueError, match="is fitted on the training reports; use 'imitate-ds shards embed'"):
+        load_text_encoder("lsa")
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"kind": "word2vec"}))
+    with pytest.raises(ValueError, match="kind = 'word2vec': must be 'lsa' or 'huggingface'"):
+        load_text_encoder(str(tmp_path))

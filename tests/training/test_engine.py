@@ -1,0 +1,143 @@
+"""The engine: two DeepSpeed ranks at ZeRO 0 to 3 against one plain process, resume, export, and what it refuses."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from imitate_ds.config import OptimConfig, TrainConfig
+from imitate_ds.objective import imitate_loss
+from imitate_ds.training.engine import (
+    build_optimizer,
+    deepspeed_config,
+    load_deepspeed_json,
+    parameter_groups,
+    set_training_mode,
+)
+from tests.training.zero_worker import OBJECTIVE, OPTIM, STEPS, build_model, global_batch, rank_batch
+
+
+def launch(module: str, *arguments: str, ranks: int = 2, limit: int = 240) -> None:
+    """Run a module on several gloo ranks and fail with what the first failing rank printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", module, *arguments]
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=limit)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("zero")
+    launch("tests.training.zero_worker", str(out))
+    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """The same steps in plain PyTorch on the whole batch."""
+    model = build_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.requires_grad_(False)
+    optimizer = build_optimizer(model, OPTIM, on_cuda=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        set_training_mode(model, "freeze")
+        batch = global_batch(step)
+        loss = imitate_loss(model(batch), batch, OBJECTIVE).total
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses, norms
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_equal_one_process(two_ranks, one_process, stage):
+    _, ranks = two_ranks
+    _, losses, norms = one_process
+    for rank in ranks:
+        assert rank[f"zero{stage}"]["losses"] == pytest.approx(losses, rel=2e-5)
+        assert rank[f"zero{stage}"]["norms"] == pytest.approx(norms, rel=2e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_exported_weights_give_the_engines_embedding(two_ranks, stage):
+    out, ranks = two_ranks
+    model = build_model()
+    model.load_state_dict(torch.load(out / f"state{stage}.pt", weights_only=True))
+    model.eval()
+    for rank in range(2):
+        with torch.no_grad():
+            embedding = model(rank_batch(99, rank, 2)).image_impression[:, 0]
+        torch.testing.assert_close(embedding, torch.tensor(ranks[rank][f"zero{stage}"]["embedding"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_resume_is_exact(two_ranks, stage):
+    for rank in two_ranks[1]:
+        assert rank[f"zero{stage}"]["resumed"] == rank[f"zero{stage}"]["losses"][2:]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_autocast_trains_a_model_with_batch_norm(two_ranks, one_process, stage):
+    losses = two_ranks[1][0][f"zero{stage}"]["bf16"]
+    assert all(0 < loss < 100 for loss in losses)
+
+
+def test_gradient_clipping_is_always_written():
+    config = deepspeed_config(TrainConfig(), OptimConfig(grad_clip=0.0), has_batch_norm=True)
+    assert config["gradient_clipping"] == 0.0
+
+
+def test_precision_follows_batch_norm():
+    bf16 = TrainConfig(precision="bf16")
+    assert "torch_autocast" in deepspeed_config(bf16, OptimConfig(), has_batch_norm=True)
+    assert deepspeed_config(bf16, OptimConfig(), has_batch_norm=False)["bf16"] == {"enabled": True}
+
+
+def test_norms_biases_and_positions_are_not_decayed():
+    model = build_model()
+    decay, plain = parameter_groups(model, OptimConfig())
+    plain_ids = {id(p) for p in plain["params"]}
+    for name, parameter in model.named_parameters():
+        undecayed = name.endswith("bias") or parameter.ndim == 1 or "position" in name or "cls" in name
+        assert (id(parameter) in plain_ids) == undecayed, name
+    assert plain["weight_decay"] == 0.0
+    assert decay["weight_decay"] == 0.05
+    (everything,) = parameter_groups(model, OptimConfig(decay_norm_and_bias=True))
+    assert len(everything["params"]) == len(list(model.parameters()))
+
+
+def test_unknown_deepspeed_key_is_refused(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimisation": {"stage": 2}}')
+    with pytest.raises(ValueError, match="zero_optimisation is not allowed"):
+        load_deepspeed_json(str(path))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_deepspeed_json(str(path))
+    with pytest.raises(FileNotFoundError, match="zero1"):
+        load_deepspeed_json("zero9")
+
+
+def test_apex_asked_for_and_absent_says_how_to_build_it():
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        build_optimizer(build_model(), OptimConfig(name="apex_fused_lamb"), on_cuda=False)
+    with pytest.raises(ValueError, match=r"github\.com/NVIDIA/apex"):
+        build_optimizer(build_model(), OptimConfig(name="apex_fused_adam"), on_cuda=True)

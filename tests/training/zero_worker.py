@@ -1,0 +1,120 @@
+"""One rank of test_engine.py: trains a tiny model at every ZeRO stage and writes down what came out.
+
+Run as `python -m tests.training.zero_worker OUT_DIR` under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from imitate_ds.batch import Batch
+from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from imitate_ds.distributed import barrier, init_world, leave_world
+from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.objective import imitate_loss
+from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
+
+STEPS, STUDIES, TEXT_WIDTH, SIZE = 4, 8, 16, 32
+OBJECTIVE = ObjectiveConfig(target_norm="ref", negatives="global")
+OPTIM = OptimConfig(lr=1e-3, grad_clip=1.0)
+MODEL = ModelConfig.model_validate(
+    {
+        "image_encoder": "resnet10t",
+        "joint_dim": 16,
+        "text_hidden": 32,
+        "image_hidden": 32,
+        "projection_norm": "layer",
+        "aggregation": {"keep": [0.25, 0.15, 0.1, 0.1], "pool": 4, "heads": 2, "slots": 160},
+    }
+)
+
+
+def build_model() -> ImitateModel:
+    torch.manual_seed(0)
+    return ImitateModel(MODEL, TEXT_WIDTH, input_size=SIZE)
+
+
+def global_batch(step: int) -> Batch:
+    """The whole batch of a step: ragged masks, two views."""
+    generator = torch.Generator().manual_seed(step)
+    return Batch(
+        keys=[f"{step:02x}{i:014x}" for i in range(STUDIES)],
+        images=torch.randint(0, 256, (STUDIES, 2, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+        findings=torch.randn(STUDIES, TEXT_WIDTH, generator=generator),
+        impression=torch.randn(STUDIES, TEXT_WIDTH, generator=generator),
+        has_findings=torch.tensor([True, True, False, True, False, True, True, True]),
+        has_impression=torch.tensor([True, True, True, True, True, False, True, True]),
+        step=step,
+    )
+
+
+def rank_batch(step: int, rank: int, world_size: int) -> Batch:
+    whole, share = global_batch(step), STUDIES // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    return Batch(*(value[rows] if name != "step" else value for name, value in whole._asdict().items()))
+
+
+def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze") -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "micro_batch_size": STUDIES // 2,
+            "deepspeed": f"zero{stage}",
+            "batch_norm": batch_norm,
+            "precision": precision,
+        }
+    )
+
+
+def train(engine, rank: int, world_size: int, steps: range, policy: str = "freeze") -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in steps:
+        set_training_mode(engine.module, policy)
+        batch = rank_batch(step, rank, world_size)
+        loss = imitate_loss(engine(batch), batch, OBJECTIVE).total
+        engine.backward(loss)
+        norms.append(float(take_step(engine)))
+        losses.append(loss.item())
+    return losses, norms
+
+
+def main(out: Path) -> None:
+    here = init_world()
+    record: dict = {}
+    for stage in range(4):
+        engine = build_engine(build_model(), train_config(stage), OPTIM)
+        folder = out / f"zero{stage}"
+        losses, norms = train(engine, here.rank, here.size, range(2))
+        save_checkpoint(engine, folder, 2, {"step": 2}, keep_last=2)
+        more = train(engine, here.rank, here.size, range(2, STEPS))
+        state = full_state_dict(engine)
+        engine.eval()
+        with torch.no_grad():
+            embedding = engine(rank_batch(99, here.rank, here.size)).image_impression[:, 0].tolist()
+
+        again = build_engine(build_model(), train_config(stage), OPTIM)
+        checkpoint = find_checkpoint(folder)
+        assert checkpoint is not None
+        assert load_checkpoint(again, checkpoint) == {"step": 2}
+        resumed = train(again, here.rank, here.size, range(2, STEPS))
+
+        autocast = build_engine(build_model(), train_config(stage, "bf16", "mean"), OPTIM)
+        half = train(autocast, here.rank, here.size, range(2), "mean")[0]
+        if here.is_main:
+            torch.save(state, out / f"state{stage}.pt")
+        record[f"zero{stage}"] = {
+            "losses": losses + more[0],
+            "norms": norms + more[1],
+            "resumed": resumed[0],
+            "embedding": embedding,
+            "bf16": half,
+        }
+        barrier()
+    (out / f"rank{here.rank}.json").write_text(json.dumps(record))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
