@@ -179,7 +179,8 @@ def export(engine: Any, config: RunConfig, index: ShardIndex, horizon: Horizon) 
     average_batch_norm_statistics(engine.module)
     state = full_state_dict(engine)
     if world().is_main:
-        model = ImitateModel(config.model, text_width(config.data.shards), input_size=config.data.input_size)
+        empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
+        model = ImitateModel(empty, text_width(config.data.shards), input_size=config.data.input_size)
         model.load_state_dict(state)
         card = {
             "data": index.source,

@@ -52,8 +52,10 @@ _HEADER = re.compile(
       | (?P<impression> (?:final[ ])?impressions? (?:{_AND}(?:recommendations?|plan))? | conclusions? )
       | (?P<other> {_OTHER} )
     ) [ \t]* (?:\([^()\n]{{1,40}}\)[ \t]*)? (?P<colon> : | $ )
-    | ^[ \t]* (?P<view> (?-i: (?!COMPARISON|HISTORY|INDICATION|TECHNIQUE|REASON) (?=[^:\n]*\b(?:{_PROJECTION})\b) [A-Z][A-Z0-9 ,()/&.'_-]{{2,79}} ) ) : (?!\d)
-    | (?P<rule_line> ^[ \t]*[_=-]{{8,}}[ \t]*$ )
+    | ^[ \t]*+ (?P<view> (?-i:
+        (?!COMPARISON|HISTORY|INDICATION|TECHNIQUE|REASON) (?=[^:\n]{{0,80}}\b(?:{_PROJECTION})\b)
+        [A-Z][A-Z0-9 ,()/&.'_-]{{2,79}} ) ) : (?!\d)
+    | (?P<rule_line> ^[ \t]*+[_=-]{{8,}}+[ \t]*$ )
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )

@@ -1,10 +1,6 @@
 """The engine: two DeepSpeed ranks at ZeRO 0 to 3 against one plain process, resume, export, and what it refuses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,31 +14,14 @@ from imitate_ds.training.engine import (
     parameter_groups,
     set_training_mode,
 )
+from tests.launching import run
 from tests.training.zero_worker import OBJECTIVE, OPTIM, STEPS, build_model, global_batch, rank_batch
-
-
-def launch(module: str, *arguments: str, ranks: int = 2, limit: int = 240) -> None:
-    """Run a module on several gloo ranks and fail with what the first failing rank printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", module, *arguments]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=limit)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero")
-    launch("tests.training.zero_worker", str(out))
+    run("tests.training.zero_worker", str(out))
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

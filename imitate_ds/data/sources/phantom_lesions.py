@@ -3,6 +3,8 @@
 A lesion acts on the aeration of the lung (1 air, 0 none): fluid and consolidation take it away, a pneumothorax has more.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -141,11 +143,16 @@ def add_device(picture: np.ndarray, case: Case, lesion: Lesion, rng: np.random.G
 
 
 def _curve(rng: np.random.Generator, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A smooth line through jittered points: quadratic interpolation over a common parameter."""
+    """A smooth line along jittered points: a cubic over a common parameter, least squares where there are over four."""
     knots = np.array(points) + rng.normal(0, 0.012, (len(points), 2))
-    t, fine = np.linspace(0, 1, len(points)), np.linspace(0, 1, 6 * len(points))
-    smooth = [np.polynomial.Polynomial.fit(t, knots[:, i], min(3, len(points) - 1))(fine) for i in (0, 1)]
-    return [(float(x), float(y)) for x, y in zip(*smooth, strict=True)]
+    return [(float(x), float(y)) for x, y in _cubic(len(points)) @ knots]
+
+
+@lru_cache(maxsize=8)
+def _cubic(points: int) -> np.ndarray:
+    """The matrix [6 * points, points] that takes values at evenly spaced knots to those of their cubic in between."""
+    knots, fine = (np.vander(np.linspace(0, 1, count), 4) for count in (points, 6 * points))
+    return fine @ np.linalg.pinv(knots)
 
 
 def _pacemaker(line, disc, sign: int, rng: np.random.Generator) -> None:

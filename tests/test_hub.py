@@ -1,0 +1,269 @@
+"""What leaves comes back: export folders written, loaded, refused, and read by programs that only know timm."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import imitate_ds
+from imitate_ds.config import build_run_config
+from imitate_ds.data.shards import load_index, read_samples
+from imitate_ds.data.transforms import eval_view
+from imitate_ds.data.text_cache import text_width
+from imitate_ds.hub import load_model, save_pretrained
+from imitate_ds.models.imitate import ImitateModel
+
+CARD = {"data": "phantom", "synthetic": True, "image_size": 64, "steps": 0}
+PROMPTS = {"effusion": (["Pleural effusion.", "There is a pleural effusion."], ["No pleural effusion."])}
+
+
+def _config(shards, **model):
+    settings = {"image_encoder": "resnet10t", "joint_dim": 16, "text_hidden": 24, "aggregation": {"pool": 4}, **model}
+    return build_run_config({"name": "t", "data": {"shards": str(shards), "input_size": 48}, "model": settings})
+
+
+def _export(shards, folder, *, card=CARD, text_encoder=True, **model):
+    config = _config(shards, **model)
+    torch.manual_seed(0)
+    network = ImitateModel(config.model, text_width(shards), input_size=config.data.input_size).eval()
+    encoder = shards / "text_encoder" if text_encoder else None
+    save_pretrained(network, folder, config=config, text_encoder_folder=encoder, card=card)
+    return network
+
+
+@pytest.fixture(scope="module")
+def export(phantom_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "export"
+    return folder, _export(phantom_shards, folder)
+
+
+@pytest.fixture(scope="module")
+def files(phantom_shards, tmp_path_factory):
+    """Three radiographs of the shards, as files without loss."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = []
+    for i, (_, jpg, _) in zip(range(3), read_samples(load_index(phantom_shards), "val"), strict=False):
+        source = folder / f"{i}.jpg"
+        source.write_bytes(jpg)
+        Image.open(source).save(folder / f"{i}.png")
+        paths.append(folder / f"{i}.png")
+    return paths
+
+
+def test_the_folder_holds_what_others_need_and_no_pickle(export):
+    folder, _ = export
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "image_encoder.safetensors",
+        "preprocessor_config.json",
+        "text_encoder",
+        "README.md",
+    }
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".md", ".txt"}
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["format"] == "imitate_ds.model/1"
+    assert settings["impression_text"] == "impression"
+    assert settings["model"]["image_encoder"] == "resnet10t"
+    card = (folder / "README.md").read_text()
+    assert "Not for clinical use" in card
+    assert "synthetic" in card
+
+
+@pytest.mark.parametrize("branch", ["impression", "findings", "pooled"])
+def test_loaded_embeddings_are_those_of_the_engine(export, branch):
+    folder, network = export
+    images = torch.randint(0, 256, (5, 1, 48, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = dict(zip(("impression", "findings", "pooled"), network.encode_image(images), strict=True))[branch]
+    model = imitate_ds.load_model(folder)
+    rows = model.encode_image(images, branch=branch, batch_size=2)
+    torch.testing.assert_close(rows, wanted)
+    assert rows.dtype == torch.float32
+    if branch != "pooled":
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
+
+
+def test_files_and_pixels_give_the_same_embedding(export, files):
+    model = load_model(export[0])
+    prepared = model.prepare(files)
+    assert prepared.shape == (3, 1, 48, 48)
+    torch.testing.assert_close(model.encode_image(files), model.encode_image(prepared))
+    torch.testing.assert_close(model.encode_image([str(path) for path in files]), model.encode_image(prepared))
+
+
+def test_a_radiograph_prepared_for_the_shards_stays_what_it_was(phantom_shards, export, files):
+    """Inference sees what the evaluation of the shards sees, but for a border that was cut and padded already."""
+    model = load_model(export[0])
+    _, jpg, _ = next(read_samples(load_index(phantom_shards), "val"))
+    assert files[0].with_suffix(".jpg").read_bytes() == jpg
+    pixels = torch.frombuffer(bytearray(Image.open(files[0]).tobytes()), dtype=torch.uint8).view(1, 64, 64)
+    difference = (model.prepare(files[:1])[0].int() - eval_view(pixels, 48).int()).abs()
+    assert difference.float().mean() < 8
+
+
+def test_similarity_of_images_and_texts(export, files):
+    model = load_model(export[0])
+    texts = model.encode_text(["No pleural effusion.", "Cardiomegaly."], section="impression")
+    assert texts.shape == (2, 16)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
+    similarity = model.similarity(model.encode_image(files), texts)
+    assert similarity.shape == (3, 2)
+    assert similarity.abs().max() <= 1 + 1e-6
+
+
+def test_zero_shot_of_one_image_does_not_depend_on_the_others(export, files):
+    model = load_model(export[0])
+    together = model.zero_shot(files, PROMPTS)["effusion"]
+    alone = torch.cat([model.zero_shot([path], PROMPTS)["effusion"] for path in files])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert together.abs().max() < 1
+
+
+def test_saving_a_loaded_model_gives_the_same_files(export, tmp_path):
+    folder, _ = export
+    load_model(folder).save_pretrained(tmp_path / "again")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        assert (tmp_path / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [("resnet10t", "fc."), ("convnext_atto", "head."), ("vit_tiny_patch16_224", ("head.", "norm.", "fc_norm."))],
+)
+def test_the_backbone_loads_into_plain_timm(phantom_shards, tmp_path, name, dropped):
+    network = _export(phantom_shards, tmp_path / "export", image_encoder=name, aggregation={"pool": 2})
+    state = load_file(tmp_path / "export" / "image_encoder.safetensors")
+    plain = timm.create_model(name, img_size=48) if name.startswith("vit") else timm.create_model(name)
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert [key for key in missing if not key.startswith(dropped)] == []
+    if name == "resnet10t":
+        timm.create_model(name, num_classes=0).load_state_dict(state)  # strict
+        pixels = torch.randint(0, 256, (2, 1, 48, 48), dtype=torch.uint8)
+        normal = (pixels.float() / 255 - 0.5) / 0.25
+        with torch.no_grad():
+            features = plain.eval().forward_features(normal.expand(-1, 3, -1, -1)).mean(dim=(2, 3))
+            torch.testing.assert_close(features, network.encode_image(pixels)[2])
+
+
+def test_load_does_not_ask_for_the_weights_the_run_began_with(export, tmp_path):
+    folder = shutil.copytree(export[0], tmp_path / "export")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["model"]["weights"] = "/gone/since.safetensors"
+    (folder / "config.json").write_text(json.dumps(settings))
+    load_model(folder)
+
+
+def test_a_model_without_findings_branch_says_so(phantom_shards, tmp_path, files):
+    _export(phantom_shards, tmp_path / "export", aggregation={"enabled": False})
+    model = load_model(tmp_path / "export")
+    with pytest.raises(ValueError, match="has no findings branch"):
+        model.encode_image(files, branch="findings")
+
+
+def test_a_model_without_text_encoder_still_sees(phantom_shards, tmp_path, files):
+    _export(phantom_shards, tmp_path / "export", text_encoder=False)
+    model = load_model(tmp_path / "export")
+    assert model.encode_image(files).shape == (3, 16)
+    with pytest.raises(FileNotFoundError, match="no text_encoder/ folder"):
+        model.encode_text(["Cardiomegaly."])
+
+
+def test_bad_arguments_are_named(export, files):
+    model = load_model(export[0])
+    with pytest.raises(ValueError, match="branch = 'top'"):
+        model.encode_image(files, branch="top")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="section = 'history'"):
+        model.encode_text(["a"], section="history")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be grey uint8 \[B, 1, H, W\], found torch.float32 \[2, 3, 48, 48\]"):
+        model.encode_image(torch.zeros(2, 3, 48, 48))
+    with pytest.raises(ValueError, match="at least one"):
+        model.encode_image([])
+    with pytest.raises(ValueError, match=r"write \[file\]"):
+        model.encode_image(str(files[0]))
+    with pytest.raises(ValueError, match=r"write \[text\]"):
+        model.encode_text("Cardiomegaly.")
+
+
+def test_what_is_not_an_export_is_refused(export, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_model(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json, so not an export"):
+        load_model(tmp_path / "empty")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder, and the hub gave no model of that name"):
+        load_model("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("config.json", '{"format": "somebody.else/7"}', "format = 'somebody.else/7': must be 'imitate_ds.model/1'"),
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[1]", "must be a JSON object"),
+        ("preprocessor_config.json", "", "not valid JSON"),
+        ("model.safetensors", "torn", "damaged export"),
+    ],
+)
+def test_foreign_and_damaged_files_are_refused(export, tmp_path, name, content, rule):
+    folder = shutil.copytree(export[0], tmp_path / "export")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rule):
+        load_model(folder)
+
+
+def test_weights_of_another_model_are_refused(export, tmp_path):
+    folder = shutil.copytree(export[0], tmp_path / "export")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["model"]["joint_dim"] = 8
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="damaged export"):
+        load_model(folder)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(phantom_shards, tmp_path):
+    _export(phantom_shards, tmp_path / "export")
+    _export(phantom_shards, tmp_path / "export", card={**CARD, "data": "again"})
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["data"] == "again"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    with pytest.raises(ValueError, match="exists and is not an export"):
+        _export(phantom_shards, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_failed_export_leaves_the_old_one_and_no_litter(phantom_shards, tmp_path):
+    network = _export(phantom_shards, tmp_path / "export")
+    before = (tmp_path / "export" / "config.json").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        save_pretrained(
+            network,
+            tmp_path / "export",
+            config=_config(phantom_shards),
+            text_encoder_folder=tmp_path / "gone",
+            card={**CARD, "data": "new"},
+        )
+    assert (tmp_path / "export" / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_card_must_say_what_the_data_were(phantom_shards, tmp_path):
+    with pytest.raises(ValueError, match="card: synthetic, image_size missing"):
+        _export(phantom_shards, tmp_path / "export", card={"data": "phantom"})
+
+
+def test_public_names():
+    assert imitate_ds.load_model is load_model
+    assert imitate_ds.__version__
+    with pytest.raises(AttributeError):
+        _ = imitate_ds.nothing  # type: ignore[attr-defined]

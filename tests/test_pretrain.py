@@ -1,0 +1,126 @@
+"""The main entrance, for real: DeepSpeed ranks on phantom shards, killed and resumed, exported and loaded."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import yaml
+
+from imitate_ds import load_model
+from imitate_ds.pretrain import _first_of_each, _key_numbers
+from tests.launching import finish, run, start
+
+GOLDEN_STEPS = 10
+
+
+@pytest.fixture
+def run_file(tmp_path, phantom_shards):
+    """Write a run file for ten quick steps in two epochs; keyword arguments override settings."""
+
+    def write(name, **settings):
+        values = {
+            "name": name,
+            "output_dir": str(tmp_path / "runs"),
+            "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0, **settings.get("data", {})},
+            "model": {
+                "image_encoder": "resnet10t",
+                "joint_dim": 32,
+                "text_hidden": 64,
+                "image_hidden": 64,
+                "aggregation": {"pool": 4, "heads": 2, "slots": 160},
+            },
+            "optim": {"lr": 1e-3},
+            "train": {
+                "micro_batch_size": 18,
+                "epochs": 2,
+                "log_every": 1,
+                "save_every": 3,
+                **settings.get("train", {}),
+            },
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path, tmp_path / "runs" / name
+
+    return write
+
+
+def records(folder, split="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def test_two_ranks_train_validate_save_and_export(run_file, repository):
+    path, folder = run_file("whole")
+    run("imitate_ds.pretrain", "--config", str(path))
+    steps = records(folder)
+    assert [r["step"] for r in steps] == list(range(1, GOLDEN_STEPS + 1))
+    assert {"loss", "image_findings", "views_impression", "gradient_norm", "temperature", "data_wait_share"} <= set(
+        steps[0]
+    )
+    assert "in_batch_accuracy/findings" in steps[0]
+    validated = records(folder, "val")
+    assert [r["step"] for r in validated] == [5, 10]
+    assert "impression/image_to_text_R@5" in validated[0]
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000009", "step-00000010"]
+    model = load_model(folder / "export")
+    assert model.encode_text(["No pleural effusion."]).shape == (1, 32)
+    assert any((folder / "tensorboard").iterdir())
+
+    # IMITATE_DS_WRITE_GOLDEN=1 writes them anew, after a change that means to change them.
+    golden = repository / "tests" / "golden" / "phantom_losses.json"
+    losses = [r["loss"] for r in steps]
+    if os.environ.get("IMITATE_DS_WRITE_GOLDEN"):
+        golden.write_text(json.dumps(losses) + "\n")
+    assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
+
+
+def test_killed_rank_then_resume_equals_the_undisturbed_run(run_file):
+    path, undisturbed = run_file("undisturbed")
+    run("imitate_ds.pretrain", "--config", str(path))
+    path, folder = run_file("killed")
+    ranks = start("imitate_ds.pretrain", "--config", str(path))
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-00000003" / "manifest.json").exists():
+        assert time.monotonic() < deadline, "no checkpoint after 200 s"
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGKILL)
+    (status, output), _ = finish(ranks)
+    assert status != 0, output[-2000:]
+
+    run("imitate_ds.pretrain", "--config", str(path), "--set", "train.resume=true")
+    assert [r["step"] for r in records(folder)] == list(range(1, GOLDEN_STEPS + 1))
+    for name in ("loss", "gradient_norm"):
+        assert [r[name] for r in records(folder)] == [r[name] for r in records(undisturbed)]
+    last, expected = records(folder, "val")[-1], records(undisturbed, "val")[-1]
+    assert {k: v for k, v in last.items() if "R@" in k} == {k: v for k, v in expected.items() if "R@" in k}
+
+
+def refusal(path, *overrides):
+    arguments = [part for item in overrides for part in ("--set", item)]
+    ((status, output),) = finish(start("imitate_ds.pretrain", "--config", str(path), *arguments, ranks=1))
+    assert status == 2, output[-2000:]
+    assert "Traceback" not in output
+    return output
+
+
+def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path):
+    path, folder = run_file("refused")
+    assert "did you mean lr?" in refusal(path, "optim.lrr=1")
+    assert "imitate-ds shards build" in refusal(path, f"data.shards={tmp_path}/none")
+    bare = tmp_path / "bare"
+    shutil.copytree(phantom_shards, bare, ignore=shutil.ignore_patterns("text*", "*.safetensors"))
+    assert "imitate-ds shards embed" in refusal(path, f"data.shards={bare}")
+    assert "train.micro_batch_size" in refusal(path, "train.micro_batch_size=4096")
+    assert not (folder / "checkpoints").exists()
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert "train.resume=true" in refusal(path)
+
+
+def test_repeated_samples_are_dropped_by_key():
+    keys = ["ffffffffffffffff", "0000000000000001", "ffffffffffffffff", "00000000000000ab"]
+    first = _first_of_each(_key_numbers(keys))
+    assert sorted(first.tolist()) == [0, 1, 3]

@@ -1,0 +1,68 @@
+"""Retrieval of one level, with embeddings whose right answers are known."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from imitate_ds.retrieval import Pairs, score_pairs
+
+
+def _pairs(images: torch.Tensor, texts: torch.Tensor, groups: list[int], labels: list[list[int]] | None = None) -> Pairs:
+    n = len(groups)
+    table = np.array(labels) if labels else np.zeros((n, 0))
+    return Pairs(normalize(images), normalize(texts), np.array(groups), np.arange(n), table)
+
+
+def test_duplicates_are_one_candidate_and_one_query():
+    rows = torch.eye(3)[[0, 0, 1, 2]]
+    figures, _ = score_pairs(_pairs(rows, rows, [0, 0, 1, 2]))
+    assert figures["image_to_text_R@1"]["value"] == 1
+    assert figures["image_to_text_R@1"]["n"] == 4
+    assert figures["text_to_image_R@1"]["value"] == 1
+    assert figures["text_to_image_R@1"]["n"] == 3
+    assert figures["image_to_text_chance_R@1"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert figures["image_to_text_blind_R@1"]["value"] == 0.5
+    assert figures["text_to_image_chance_R@1"]["value"] == pytest.approx((0.5 + 0.25 + 0.25) / 3, abs=1e-6)
+
+
+def test_the_exact_pair_only_is_capped_by_duplicates():
+    rows = torch.eye(3)[[0, 0, 1, 2]]
+    figures, _ = score_pairs(_pairs(rows, rows, [0, 1, 2, 3]))
+    assert figures["image_to_text_R@1"]["value"] == 0.5
+    assert figures["image_to_text_R@5"]["value"] == 1
+
+
+def test_random_embeddings_are_at_chance():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(600, 16, generator=generator) for _ in range(2))
+    labels = np.random.default_rng(0).integers(0, 2, (600, 3)).tolist()
+    figures, curves = score_pairs(_pairs(images, texts, list(range(600)), labels))
+    for name in ("image_to_text_R@10", "text_to_image_R@10", "image_to_text_P@10", "text_to_image_P@10"):
+        chance = figures[name.replace("_R@", "_chance_R@").replace("_P@", "_chance_P@")]["value"]
+        low, high = figures[name]["low"], figures[name]["high"]
+        assert low - 0.01 <= chance <= high + 0.01, name
+    assert curves["image_to_text"]["k"][-1] == 100
+    assert curves["image_to_text"]["recall"] == sorted(curves["image_to_text"]["recall"])
+
+
+def test_value_lies_in_its_interval_and_intervals_are_of_patients():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(200, 8, generator=generator)
+    pairs = _pairs(images, images + torch.randn(200, 8, generator=generator), [i // 2 for i in range(200)])
+    figures, _ = score_pairs(pairs)
+    one_patient, _ = score_pairs(pairs._replace(patients=np.zeros(200, dtype=int)))
+    for name, value in figures.items():
+        if value["low"] is not None:
+            assert value["low"] < value["value"] < value["high"], name
+            assert one_patient[name]["low"] == one_patient[name]["high"], "one patient: every draw is the same"
+
+
+def test_precision_is_left_out_without_labels_and_beyond_the_candidates():
+    rows = torch.eye(4)
+    figures, _ = score_pairs(_pairs(rows, rows, [0, 1, 2, 3]))
+    assert not any("P@" in name for name in figures)
+    figures, _ = score_pairs(_pairs(rows, rows, [0, 1, 2, 3], [[1], [0], [0], [-1]]))
+    assert figures["image_to_text_P@1"]["value"] == 1
+    assert figures["image_to_text_P@1"]["classes"] == 1
+    assert "image_to_text_P@5" not in figures
