@@ -38,26 +38,43 @@ def pretrain(
 
 @shards_app.command("build")
 def shards_build(
-    source: Annotated[str, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")],
-    out: Annotated[Path, typer.Option("--out", help="Where tars and index.json go.")],
-    root: Annotated[
-        Path | None, typer.Option("--root", help="The collection, in the layout it is downloaded in.")
-    ] = None,
-    image_size: Annotated[int, typer.Option("--image-size", help="Side of the stored square, pixels.")] = 256,
+    source: Annotated[str | None, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="The collection, as it was downloaded.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where tars and index.json go.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="shards/*.yaml; what is given here wins.")] = None,
+    image_size: Annotated[int | None, typer.Option("--image-size", help="Side of the stored square, pixels.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 2,
-    part: Annotated[
-        str, typer.Option("--part", help="I/N: build the I-th of N parts (from 0), as a job array.")
-    ] = "0/1",
+    part: Annotated[str, typer.Option("--part", help="I/N: the I-th of N parts, from 0, as in a job array.")] = "0/1",
     option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the source.")] = None,
 ) -> None:
     """Read a collection, write tar shards and their index."""
+    from imitate_ds.data.shard_recipe import load_recipe
+    from imitate_ds.data.shard_stats import report_table
     from imitate_ds.data.shards import build_shards
     from imitate_ds.data.sources import open_source
 
-    collection = open_source(source, root, **_options(option or []))
-    report = build_shards(collection, out, image_size=image_size, workers=workers, part=_part(part))
-    _print_report(report)
-    console.print(f"next: imitate-ds shards embed {out} --text-encoder lsa", highlight=False)
+    given = {"source": source, "root": root, "out": out, "image_size": image_size, "options": _options(option or [])}
+    plan = load_recipe(recipe, **given)
+    collection = open_source(plan.source, plan.root, **plan.options)
+    report = build_shards(
+        collection,
+        plan.out,
+        image_size=plan.image_size,
+        workers=workers,
+        part=_part(part),
+        samples_per_shard=plan.samples_per_shard,
+    )
+    console.print(report_table(report))
+    console.print(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa", highlight=False)
+
+
+@shards_app.command("merge")
+def shards_merge(folder: Path) -> None:
+    """Write the index of a build done in parts, once all of them are there (the last part does so by itself)."""
+    from imitate_ds.data.shard_stats import report_table
+    from imitate_ds.data.shards import merge_parts
+
+    console.print(report_table(merge_parts(folder)))
 
 
 @shards_app.command("embed")
@@ -93,9 +110,9 @@ def shards_stats(
     picture: Annotated[Path | None, typer.Option("--picture", help="Also draw a few samples into this PNG.")] = None,
 ) -> None:
     """Sections present, words, duplicates, views, splits and labels. Prints counts, never a report."""
-    from imitate_ds.data.shard_stats import samples_picture, shard_stats
+    from imitate_ds.data.shard_stats import samples_picture, shard_stats, stats_table
 
-    _print_report(shard_stats(folder))
+    console.print(stats_table(shard_stats(folder)))
     if picture:
         samples_picture(folder, picture)
         console.print(f"picture: {picture} (patient data: keep it where the shards may be)")
@@ -141,24 +158,6 @@ def _show(result: dict, out: Path) -> None:
         table.add_row(name, "not defined" if value is None else f"{value:.3f}", interval, str(figure.get("n", "")))
     console.print(table)
     console.print(f"written: {out / 'results.json'}, {out / 'report.html'}", highlight=False)
-
-
-def _print_report(report: dict) -> None:
-    """A nested dict of counts as one table."""
-    table = Table(show_header=False)
-    for name, value in _rows(report):
-        table.add_row(name, value)
-    console.print(table)
-
-
-def _rows(values: dict, prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += _rows(value, f"{prefix}{name}: ")
-        else:
-            rows.append((prefix + str(name), f"{value:.3f}" if isinstance(value, float) else str(value)))
-    return rows
 
 
 def _options(pairs: list[str]) -> dict[str, object]:

@@ -180,8 +180,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Parse YAML in which `2e-4` is a number. Never constructs Python objects."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    """Parse YAML in which `2e-4` is a number. Never constructs Python objects. Raises ValueError where it is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
 
 
 def load_run_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -193,8 +196,8 @@ def load_run_config(path: Path, overrides: list[str] | None = None) -> RunConfig
         raise FileNotFoundError(f"--config {path}: no such file; run files that ship are in launch/runs/")
     try:
         values = load_yaml(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a mapping of settings, found {type(values).__name__}")
     for override in overrides or []:

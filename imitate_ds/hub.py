@@ -105,7 +105,7 @@ class PretrainedImitate:
         squares = [torch.from_numpy(prepare_radiograph(load_radiograph(Path(path)), size)) for path in images]
         return torch.stack([eval_view(square[None], self.input_size) for square in squares])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_images(self, images: Tensor) -> ImageEmbeddings:
         """All three embeddings of one prepared batch, uint8 [B, 1, input_size, input_size], in a single pass."""
         impression, findings, pooled = self.model.encode_image(images.to(self.device))
@@ -126,7 +126,7 @@ class PretrainedImitate:
             raise ValueError("texts: must be a list of texts, not one; write [text]")
         return self.project_text(self.text_encoder.encode(texts))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def project_text(self, embeddings: Tensor) -> Tensor:
         """Frozen text embeddings [n, E] of this model's text encoder to unit rows [n, D], float32 on the CPU."""
         rows = [self.model.encode_text(part.to(self.device).float()) for part in embeddings.split(4096)]

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
-RETRIEVAL_METRIC = re.compile(r"(?P<row>.+)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
+RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
 MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
 
 PAGE = """<!doctype html>
@@ -221,23 +221,30 @@ def _training_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _training_picture(records: list[dict[str, Any]]) -> str:
-    series: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    """A panel for each number over the steps; all k of one retrieval in one panel."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for record in records:
         for name, value in record.items():
             if name not in ("step", "split", "time") and isinstance(value, int | float):
-                steps, values = series.setdefault(name, {}).setdefault(record["split"], ([], []))
+                panel, _, k = name.partition("_R@")
+                line = f"{record['split']} R@{k}" if k else record["split"]
+                steps, values = panels.setdefault(panel, {}).setdefault(line, ([], []))
                 steps.append(record["step"])
                 values.append(value)
 
-    def draw(axes: Axes, name: str) -> None:
-        for split, (steps, values) in series[name].items():
-            axes.plot(steps, values, ".-" if len(steps) < 50 else "-", lw=1, label=split)
+    def draw(axes: Axes, lines: dict[str, tuple[list[float], list[float]]]) -> None:
+        for label, (steps, values) in lines.items():
+            axes.plot(steps, values, ".-" if len(steps) < 50 else "-", lw=1, label=label)
         axes.set(xlabel="step")
         axes.legend(fontsize=7)
 
-    # what says most first: the losses, then retrieval on the validation split
-    names = sorted(series, key=lambda name: (not name.startswith("loss"), "val" not in series[name], "/" in name))
-    return _picture({name: lambda axes, n=name: draw(axes, n) for name in names[:MOST_CURVES]}, "Training curves")
+    def rank(panel: str) -> tuple[bool, bool]:
+        """The loss first, then what is measured on the validation split."""
+        return panel != "loss", not any(line.startswith("val") for line in panels[panel])
+
+    chosen = sorted(panels, key=rank)[:MOST_CURVES]
+    drawn = {name: lambda axes, lines=panels[name]: draw(axes, lines) for name in chosen}
+    return _picture(drawn, "Training curves")
 
 
 def _picture(panels: dict[str, Callable[[Axes], None]], text: str) -> str:

@@ -105,13 +105,15 @@ def _ranks(search: Search) -> Tensor:
 def _precisions(queries: Tensor, candidates: Tensor, labels: np.ndarray, patients: np.ndarray) -> Figures:
     """P@k: of the k samples found, the share with a class that the query has; mean over its queries, then over classes.
 
-    Every sample is a query and a candidate, duplicates too. Chance is the mean share of samples that have a class.
+    Every sample is a query and a candidate, duplicates too. Chance is the mean share of samples that have a class; a
+    blind answer, the same for every query, does best with the samples that have the most classes.
     """
     present = torch.from_numpy(labels == 1)
     if not present.any():
         return {}
     prevalence = present.double().mean(dim=0).numpy()
     chance, classes = float(prevalence[prevalence > 0].mean()), int((prevalence > 0).sum())
+    most_classes = np.sort(present.sum(dim=1).numpy())[::-1] / classes
     figures: Figures = {}
     for k in (k for k in KS if k <= len(candidates)):
         shares = torch.cat(
@@ -125,4 +127,5 @@ def _precisions(queries: Tensor, candidates: Tensor, labels: np.ndarray, patient
         value = nan_mean(by_class(np.ones(len(labels))))
         figures[f"P@{k}"] = figure(value, float(low), float(high), n=len(labels), classes=classes)
         figures[f"chance_P@{k}"] = figure(chance, n=len(labels), classes=classes)
+        figures[f"blind_P@{k}"] = figure(float(most_classes[:k].mean()), n=len(labels), classes=classes)
     return figures

@@ -8,7 +8,7 @@ MINIMAL = {"name": "x", "data": {"shards": "shards/x"}}
 
 
 def message(values: dict) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r"\S") as caught:
         build_run_config(values)
     return str(caught.value)
 

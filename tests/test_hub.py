@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import imitate_ds
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import load_index, read_samples
-from imitate_ds.data.transforms import eval_view
 from imitate_ds.data.text_cache import text_width
+from imitate_ds.data.transforms import eval_view
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
 
@@ -24,7 +24,10 @@ PROMPTS = {"effusion": (["Pleural effusion.", "There is a pleural effusion."], [
 
 def _config(shards, **model):
     settings = {"image_encoder": "resnet10t", "joint_dim": 16, "text_hidden": 24, "aggregation": {"pool": 4}, **model}
-    return build_run_config({"name": "t", "data": {"shards": str(shards), "input_size": 48}, "model": settings})
+    values: dict = {"name": "t", "data": {"shards": str(shards), "input_size": 48}, "model": settings}
+    if not settings["aggregation"].get("enabled", True):
+        values["objective"] = {"weights": {"image_findings": 0.0, "views_findings": 0.0}}
+    return build_run_config(values)
 
 
 def _export(shards, folder, *, card=CARD, text_encoder=True, **model):
@@ -116,6 +119,12 @@ def test_similarity_of_images_and_texts(export, files):
     similarity = model.similarity(model.encode_image(files), texts)
     assert similarity.shape == (3, 2)
     assert similarity.abs().max() <= 1 + 1e-6
+
+
+def test_a_head_can_be_trained_on_the_features(export, files):
+    head = torch.nn.Linear(512, 1)
+    head(load_model(export[0]).encode_image(files, branch="pooled")).sum().backward()
+    assert head.weight.grad is not None
 
 
 def test_zero_shot_of_one_image_does_not_depend_on_the_others(export, files):

@@ -8,7 +8,9 @@ from torch.nn.functional import normalize
 from imitate_ds.retrieval import Pairs, score_pairs
 
 
-def _pairs(images: torch.Tensor, texts: torch.Tensor, groups: list[int], labels: list[list[int]] | None = None) -> Pairs:
+def _pairs(
+    images: torch.Tensor, texts: torch.Tensor, groups: list[int], labels: list[list[int]] | None = None
+) -> Pairs:
     n = len(groups)
     table = np.array(labels) if labels else np.zeros((n, 0))
     return Pairs(normalize(images), normalize(texts), np.array(groups), np.arange(n), table)
@@ -56,6 +58,18 @@ def test_value_lies_in_its_interval_and_intervals_are_of_patients():
         if value["low"] is not None:
             assert value["low"] < value["value"] < value["high"], name
             assert one_patient[name]["low"] == one_patient[name]["high"], "one patient: every draw is the same"
+
+
+def test_one_report_for_every_radiograph_is_the_blind_precision():
+    labels = [[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    images, texts = torch.eye(4)[[0, 0, 0, 0]], torch.eye(4)
+    figures, _ = score_pairs(_pairs(images, texts, [0, 1, 2, 3], labels))
+    assert (
+        figures["image_to_text_P@1"]["value"]
+        == figures["image_to_text_blind_P@1"]["value"]
+        == pytest.approx(2 / 3, abs=1e-6)
+    )
+    assert figures["image_to_text_chance_P@1"]["value"] == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_precision_is_left_out_without_labels_and_beyond_the_candidates():

@@ -28,7 +28,8 @@ AGAIN = "run 'imitate-ds shards embed'"
 class Encoder(Protocol):
     """What embed_shards asks of a text encoder (models.text_encoder has them)."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     @property
     def width(self) -> int: ...

@@ -1,0 +1,132 @@
+"""results.json and report.html: merged per task, whole or not at all, in need of no other file."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from imitate_ds.metrics import figure
+from imitate_ds.report import load_results, write_report, write_result
+
+
+def _retrieval(value=0.5, synthetic=False):
+    metrics = {
+        "impression/image_to_text_R@5": figure(value, value - 0.1, value + 0.1, n=40),
+        "impression/image_to_text_chance_R@5": figure(0.125, n=40),
+        "impression/image_to_text_blind_R@5": figure(0.25, n=40),
+        "impression/image_to_text_P@5": figure(0.75, 0.7, 0.8, n=40, classes=3),
+    }
+    curves = {"impression/image_to_text": {"k": [1, 5], "recall": [0.1, value], "chance": [0.02, 0.125]}}
+    return _result("retrieval", metrics, curves, synthetic)
+
+
+def _probe():
+    metrics = {
+        "10%/auroc_macro": figure(0.7, 0.6, 0.8, n=40, labels=1, not_defined=["hernia"], std=0.031, draws=5),
+        "10%/auroc/effusion": figure(0.7, 0.6, 0.8, n=40, positives=9, std=0.031, draws=5),
+        "10%/auroc/hernia": figure(float("nan"), n=40, positives=0),
+        "100%/auroc/effusion": figure(0.9, 0.8, 0.95, n=40, positives=9),
+    }
+    curves = {"roc/effusion": {"false_positive_rate": [0, 0.5, 1], "true_positive_rate": [0.3, 0.9, 1]}}
+    return _result("probe", metrics, curves, False)
+
+
+def _result(task, metrics, curves, synthetic):
+    data = {"source": "a<b", "synthetic": synthetic, "split": "val", "samples": 40, "patients": 30}
+    model = {"preset": "default", "image_encoder": "resnet10t"}
+    given = {"task": task, "protocol": "strict", "model": model, "data": data, "settings": {}}
+    return {**given, "metrics": metrics, "curves": curves}
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def _text(out):
+    return (out / "report.html").read_text()
+
+
+def test_a_task_takes_the_place_of_its_older_self(tmp_path):
+    write_result(tmp_path, _retrieval(0.3))
+    write_result(tmp_path, _probe())
+    write_result(tmp_path, _retrieval(0.6))
+    results = load_results(tmp_path)
+    assert [result["task"] for result in results] == ["probe", "retrieval"]
+    assert results[1]["metrics"]["impression/image_to_text_R@5"]["value"] == 0.6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+def test_the_page_is_well_formed_and_carries_its_pictures(tmp_path):
+    write_result(tmp_path, _retrieval())
+    write_result(tmp_path, _probe())
+    parser = _Links()
+    parser.feed(_text(tmp_path))
+    assert parser.open == []
+    assert len(parser.links) == 2
+    for link in parser.links:
+        kind, data = link.split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        assert b"<svg" in base64.b64decode(data)
+
+
+def test_the_page_shows_figures_intervals_chance_and_what_is_not_defined(tmp_path):
+    write_result(tmp_path, _retrieval())
+    write_result(tmp_path, _probe())
+    text = re.sub(r"<[^>]+>", "", _text(tmp_path))
+    assert "0.500 [0.400, 0.600]chance 0.125, blind 0.250" in text
+    assert "0.700 ± 0.031 [0.600, 0.800]" in text
+    assert "9 of 40" in text
+    assert "not defined" in text
+    assert "1 labels have one value only" in text
+    assert "a&lt;b" in _text(tmp_path)
+
+
+def test_synthetic_data_are_flagged(tmp_path):
+    write_result(tmp_path / "a", _retrieval(synthetic=True))
+    write_result(tmp_path / "b", _retrieval(synthetic=False))
+    assert "<b>Synthetic data.</b>" in _text(tmp_path / "a")
+    assert "Synthetic data" not in _text(tmp_path / "b")
+    assert "not for clinical use" in _text(tmp_path / "b")
+
+
+def test_training_curves_come_from_the_run(tmp_path):
+    run = tmp_path / "run"
+    write_result(run, _retrieval())
+    assert "Training" not in _text(run)
+    lines = [{"step": step, "split": "train", "time": 1.0, "loss": 3 - step / 10} for step in range(5)]
+    lines.append({"step": 4, "split": "val", "time": 1.0, "impression/image_to_text_R@1": 0.5})
+    torn = '{"step": 5, "spl'
+    (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), torn]))
+    write_report(run)
+    assert "<h2>Training</h2>" in _text(run)
+    write_result(tmp_path / "elsewhere", _probe())
+    write_report(tmp_path / "elsewhere", run_dir=run)
+    assert "<h2>Training</h2>" in _text(tmp_path / "elsewhere")
+
+
+def test_the_same_results_draw_the_same_page(tmp_path):
+    write_result(tmp_path, _retrieval())
+    first = re.sub(r"base64,[^\"]+", "", _text(tmp_path))
+    write_report(tmp_path)
+    assert re.sub(r"base64,[^\"]+", "", _text(tmp_path)) == first
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"task": "x"}]}', '{"results": 3}', '{"results": [3]}'])
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match="not a results file of imitate-ds"):
+        write_result(tmp_path, _retrieval())
+    assert (tmp_path / "results.json").read_text() == content
+    assert not (tmp_path / "report.html").exists()
