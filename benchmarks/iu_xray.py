@@ -80,7 +80,9 @@ def table(rows: dict[str, dict]) -> str:
     for row, record in rows.items():
         cells = [figure(record["metrics"], "probe", f"100%/AUROC/{label}") for label in FLOOR]
         lines.append("| " + " | ".join([ROWS[row][0], *cells]) + " |")
-    lines.append("| raw pixels (another part of the collection) | " + " | ".join(f"{v:.2f}" for v in FLOOR.values()) + " |")
+    lines.append(
+        "| raw pixels (another part of the collection) | " + " | ".join(f"{v:.2f}" for v in FLOOR.values()) + " |"
+    )
     return "\n".join(lines)
 
 
@@ -98,7 +100,9 @@ def main() -> None:
         known[row] = {"title": ROWS[row][0], "changed": ROWS[row][1], "metrics": evaluate(export, given.shards)}
         known[row]["model"] = json.loads((export / "config.json").read_text())
         rows = {name: known[name] for name in ROWS if name in known}
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, deepspeed {version('deepspeed')}"
+        machine = (
+            f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, deepspeed {version('deepspeed')}"
+        )
         record = {"date": datetime.date.today().isoformat(), "machine": machine, "run_file": RUN_FILE, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(rows))

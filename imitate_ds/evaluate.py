@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from imitate_ds.data.shards import load_index
-from imitate_ds.embedded import (
+from imitate_ds.evaluation.embedded import (
     SplitRecords,
     TextEmbeddings,
     duplicate_groups,
@@ -21,6 +21,10 @@ from imitate_ds.embedded import (
     embed_reports,
     read_split,
 )
+from imitate_ds.evaluation.probe import fit_probe
+from imitate_ds.evaluation.prompts import prompts_for
+from imitate_ds.evaluation.report import write_result
+from imitate_ds.evaluation.retrieval import Pairs, score_pairs
 from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
 from imitate_ds.metrics import (
     DRAWS,
@@ -31,10 +35,6 @@ from imitate_ds.metrics import (
     macro_auroc_statistic,
     roc_curve,
 )
-from imitate_ds.probe import fit_probe
-from imitate_ds.prompts import prompts_for
-from imitate_ds.report import write_result
-from imitate_ds.retrieval import Pairs, score_pairs
 
 Protocol = Literal["strict", "reference"]
 

@@ -139,7 +139,7 @@ class PretrainedImitate:
     def zero_shot(self, images: Sequence[str | Path] | Tensor, prompts: Prompts) -> dict[str, Tensor]:
         """For each label the margin P(affirming) - P(denying) per image, in (-1, 1); 0 is undecided.
 
-        `prompts` maps a label to (texts that affirm it, texts that deny it); see imitate_ds.prompts for ready ones.
+        `prompts` maps a label to (texts that affirm it, texts that deny it); see imitate_ds.evaluation.prompts for ready ones.
         """
         return self.zero_shot_scores(self.encode_image(images), prompts)
 

@@ -9,14 +9,13 @@ MAY_IMPORT = {
     "config": set(),
     "distributed": set(),
     "metrics": set(),
-    "prompts": set(),
     "ops": {"distributed"},
     "data": {"batch", "config", "distributed"},
     "models": {"batch", "config"},
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
-    "report": {"metrics"},
+    "evaluation": {"batch", "data", "hub", "metrics"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "cli"}
 

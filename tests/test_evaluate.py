@@ -10,8 +10,8 @@ import torch
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import load_index, read_samples
 from imitate_ds.data.text_cache import text_info, text_width
-from imitate_ds.embedded import duplicate_groups, embed_radiographs, embed_reports, read_split
 from imitate_ds.evaluate import evaluate_probe, evaluate_retrieval, evaluate_zero_shot
+from imitate_ds.evaluation.embedded import duplicate_groups, embed_radiographs, embed_reports, read_split
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_encoder import LsaEncoder

@@ -16,8 +16,11 @@ from imitate_ds.training.monitor import Monitor, memory_mib
 class Movable(Protocol):
     """A batch: knows which step it belongs to, its keys, and how to go to a device."""
 
-    keys: list[str]
-    step: int
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def step(self) -> int: ...
 
     def to(self, device: torch.device) -> Any: ...
 

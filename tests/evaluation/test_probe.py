@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from imitate_ds.evaluation.probe import FALLBACK, fit_probe
 from imitate_ds.metrics import auroc
-from imitate_ds.probe import FALLBACK, fit_probe
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Prompts for labels that we know by any of their names, and for those we do not."""
 
-from imitate_ds.prompts import ALIASES, PROMPTS, prompts_for
+from imitate_ds.evaluation.prompts import ALIASES, PROMPTS, prompts_for
 
 
 def test_names_of_other_collections_find_the_same_wording():

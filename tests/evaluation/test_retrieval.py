@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from imitate_ds.retrieval import Pairs, score_pairs
+from imitate_ds.evaluation.retrieval import Pairs, score_pairs
 
 
 def _pairs(

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from imitate_ds.evaluation.report import load_results, write_report, write_result
 from imitate_ds.metrics import figure
-from imitate_ds.report import load_results, write_report, write_result
 
 
 def _retrieval(value=0.5, synthetic=False):
