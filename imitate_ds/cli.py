@@ -22,7 +22,9 @@ ModelFolder = Annotated[Path, typer.Option("--model", help="An export folder, as
 ShardsFolder = Annotated[Path, typer.Option("--shards", help="A folder made by `shards build`, with embeddings.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Where results.json and report.html go.")]
 Split = Annotated[str, typer.Option("--split", help="The split that is scored.")]
-Protocol = Annotated[Literal["strict", "reference"], typer.Option("--protocol", help="strict, or reference (as papers did).")]
+Protocol = Annotated[
+    Literal["strict", "reference"], typer.Option("--protocol", help="strict, or reference (as papers did).")
+]
 
 
 @app.command()

@@ -10,10 +10,23 @@ import pytest
 import yaml
 
 from imitate_ds import load_model
-from imitate_ds.pretrain import _first_of_each, _key_numbers
+from imitate_ds.config import load_run_config
+from imitate_ds.data.shards import load_index
+from imitate_ds.evaluate import evaluate_retrieval
+from imitate_ds.pretrain import _first_of_each, _key_numbers, validate
 from tests.launching import finish, run, start
 
 GOLDEN_STEPS = 10
+
+
+class OneProcess:
+    """What `validate` asks of an engine, around a plain module."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, batch):
+        return self.module(batch)
 
 
 @pytest.fixture
@@ -53,7 +66,7 @@ def records(folder, split="train"):
     return [line for line in lines if line["split"] == split]
 
 
-def test_two_ranks_train_validate_save_and_export(run_file, repository):
+def test_two_ranks_train_validate_save_export_and_evaluate(run_file, phantom_shards, repository):
     path, folder = run_file("whole")
     run("imitate_ds.pretrain", "--config", str(path))
     steps = records(folder)
@@ -69,6 +82,16 @@ def test_two_ranks_train_validate_save_and_export(run_file, repository):
     model = load_model(folder / "export")
     assert model.encode_text(["No pleural effusion."]).shape == (1, 32)
     assert any((folder / "tensorboard").iterdir())
+
+    # The same figures from one process, from the exported weights.
+    config = load_run_config(folder / "config.yaml")
+    alone = validate(OneProcess(model.model), config, load_index(phantom_shards))
+    assert alone == pytest.approx({k: v for k, v in validated[-1].items() if "R@" in k})
+
+    results = evaluate_retrieval(folder / "export", phantom_shards, folder)
+    assert 0 <= results["metrics"]["impression/image_to_text_R@5"]["value"] <= 1
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert json.loads((folder / "results.json").read_text())["results"][0]["data"]["synthetic"] is True
 
     # IMITATE_DS_WRITE_GOLDEN=1 writes them anew, after a change that means to change them.
     golden = repository / "tests" / "golden" / "phantom_losses.json"
@@ -115,6 +138,7 @@ def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_pa
     shutil.copytree(phantom_shards, bare, ignore=shutil.ignore_patterns("text*", "*.safetensors"))
     assert "imitate-ds shards embed" in refusal(path, f"data.shards={bare}")
     assert "train.micro_batch_size" in refusal(path, "train.micro_batch_size=4096")
+    assert "loss is not finite" in refusal(path, "optim.lr=1e30", "optim.warmup_share=0.0", "name=diverged")
     assert not (folder / "checkpoints").exists()
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     assert "train.resume=true" in refusal(path)
