@@ -32,7 +32,7 @@ demo: setup shards/phantom/text.json
 	@echo "Next: your own data. README.md, 'Real data'."
 
 shards/phantom/index.json: | setup
-	$(BIN)/imitate-ds shards build phantom --out shards/phantom --option studies=2400 --option val_share=0.15
+	$(BIN)/imitate-ds shards build phantom --out shards/phantom --option studies=2000 --option val_share=0.15
 
 shards/phantom/text.json: shards/phantom/index.json
 	$(BIN)/imitate-ds shards embed shards/phantom --text-encoder lsa
@@ -53,4 +53,4 @@ lock:
 	$(BIN)/python -c 'import json; items = [i["metadata"] for i in json.load(open(".venv/report.json"))["install"]]; print(*sorted(m["name"].lower() + "==" + m["version"] for m in items if m["name"] != "imitate-ds"), sep="\n")' > requirements.lock
 
 clean:
-	rm -rf .venv runs shards/phantom
+	rm -rf .venv $(RUN) shards/phantom

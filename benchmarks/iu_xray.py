@@ -33,10 +33,10 @@ TASKS = ("retrieval", "zero-shot", "probe")
 COLUMNS = {
     "image→report R@5": ("retrieval", "report/image_to_text_R@5"),
     "report→image R@5": ("retrieval", "report/text_to_image_R@5"),
-    "zero-shot AUROC": ("zero-shot", "AUROC/macro"),
-    "probe AUROC, 1 %": ("probe", "1%/AUROC/macro"),
-    "probe AUROC, 10 %": ("probe", "10%/AUROC/macro"),
-    "probe AUROC, 100 %": ("probe", "100%/AUROC/macro"),
+    "zero-shot AUROC": ("zero-shot", "auroc_macro"),
+    "probe AUROC, 1 %": ("probe", "1%/auroc_macro"),
+    "probe AUROC, 10 %": ("probe", "10%/auroc_macro"),
+    "probe AUROC, 100 %": ("probe", "100%/auroc_macro"),
 }
 FLOOR = {"cardiomegaly": 0.84, "effusion": 0.75, "atelectasis": 0.75, "normal": 0.69}  # raw pixels, PCA of 48 x 48
 
@@ -71,14 +71,26 @@ def figure(metrics: dict[str, dict], task: str, name: str) -> str:
     return f"{found['value']:.3f}{interval}"
 
 
+def baselines(metrics: dict[str, dict]) -> list[str]:
+    """What a random order and the best fixed answer reach, for the retrieval columns."""
+    names = [name for task, name in COLUMNS.values() if task == "retrieval"]
+    rows = []
+    for kind, title in (("chance", "random order"), ("blind", "best fixed answer")):
+        cells = [figure(metrics, "retrieval", name.replace("_R@", f"_{kind}_R@")) for name in names]
+        cells += ["0.500" if kind == "chance" else ""] * (len(COLUMNS) - len(names))
+        rows.append("| " + " | ".join([title, *cells]) + " |")
+    return rows
+
+
 def table(rows: dict[str, dict]) -> str:
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row, record in rows.items():
         cells = [figure(record["metrics"], task, name) for task, name in COLUMNS.values()]
         lines.append("| " + " | ".join([ROWS[row][0], *cells]) + " |")
+    lines += baselines(next(iter(rows.values()))["metrics"])
     lines += ["", "| probe, 100 % of labels | " + " | ".join(FLOOR) + " |", "|---" * (len(FLOOR) + 1) + "|"]
     for row, record in rows.items():
-        cells = [figure(record["metrics"], "probe", f"100%/AUROC/{label}") for label in FLOOR]
+        cells = [figure(record["metrics"], "probe", f"100%/auroc/{label}") for label in FLOOR]
         lines.append("| " + " | ".join([ROWS[row][0], *cells]) + " |")
     lines.append(
         "| raw pixels (another part of the collection) | " + " | ".join(f"{v:.2f}" for v in FLOOR.values()) + " |"
@@ -105,7 +117,7 @@ def main() -> None:
         )
         record = {"date": datetime.date.today().isoformat(), "machine": machine, "run_file": RUN_FILE, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(rows))
+    print(table({name: known[name] for name in ROWS if name in known}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from imitate_ds.config import load_yaml
@@ -16,7 +17,7 @@ shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and des
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure an exported model; writes results.json and report.html.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 ModelFolder = Annotated[Path, typer.Option("--model", help="An export folder, as pretrain leaves it.")]
 ShardsFolder = Annotated[Path, typer.Option("--shards", help="A folder made by `shards build`, with embeddings.")]
@@ -67,7 +68,7 @@ def shards_build(
         samples_per_shard=plan.samples_per_shard,
     )
     console.print(report_table(report))
-    console.print(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa", highlight=False)
+    _say(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa")
 
 
 @shards_app.command("merge")
@@ -83,15 +84,20 @@ def shards_merge(folder: Path) -> None:
 def shards_embed(
     folder: Path,
     text_encoder: Annotated[str, typer.Option(help="lsa, or a Hugging Face name or folder.")] = "lsa",
-    dim: Annotated[int, typer.Option(help="Width of the lsa embedding.")] = 256,
+    dim: Annotated[int | None, typer.Option(help="Width of the lsa embedding; 256 unless given.")] = None,
 ) -> None:
     """Embed the report sections of every shard once, with a frozen text encoder."""
     from imitate_ds.data.text_cache import embed_shards, fit_texts
     from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
 
-    encoder = LsaEncoder.fit(fit_texts(folder), dim=dim) if text_encoder == "lsa" else load_text_encoder(text_encoder)
+    if text_encoder == "lsa":
+        encoder = LsaEncoder.fit(fit_texts(folder), dim=256 if dim is None else dim)
+    elif dim is None:
+        encoder = load_text_encoder(text_encoder)
+    else:
+        raise ValueError(f"--dim {dim}: is for --text-encoder lsa; the width of {text_encoder} is its own")
     embed_shards(folder, encoder)
-    console.print(f"{folder}: embedded, {encoder.width} numbers a section, encoder {encoder.fingerprint}")
+    _say(f"{folder}: embedded, {encoder.width} numbers a section, encoder {encoder.fingerprint}")
 
 
 @shards_app.command("verify")
@@ -101,8 +107,8 @@ def shards_verify(folder: Path) -> None:
 
     problems = verify_shards(folder)
     for problem in problems:
-        console.print(problem, markup=False)
-    console.print(f"{folder}: {len(problems)} problem(s)" if problems else f"{folder}: all shards verify")
+        _say(problem)
+    _say(f"{folder}: {len(problems)} problem(s)" if problems else f"{folder}: all shards verify")
     raise typer.Exit(1 if problems else 0)
 
 
@@ -117,7 +123,7 @@ def shards_stats(
     console.print(stats_table(shard_stats(folder)))
     if picture:
         samples_picture(folder, picture)
-        console.print(f"picture: {picture} (patient data: keep it where the shards may be)")
+        _say(f"picture: {picture} (patient data: keep it where the shards may be)")
 
 
 @evaluate_app.command("retrieval")
@@ -157,9 +163,16 @@ def _show(result: dict, out: Path) -> None:
     for name, figure in result["metrics"].items():
         value, low, high = (figure.get(part) for part in ("value", "low", "high"))
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        table.add_row(name, "not defined" if value is None else f"{value:.3f}", interval, str(figure.get("n", "")))
+        table.add_row(
+            escape(name), "not defined" if value is None else f"{value:.3f}", interval, str(figure.get("n", ""))
+        )
     console.print(table)
-    console.print(f"written: {out / 'results.json'}, {out / 'report.html'}", highlight=False)
+    _say(f"written: {out / 'results.json'}, {out / 'report.html'}")
+
+
+def _say(text: str) -> None:
+    """One line as it is: folder names may hold brackets, and are longer than a terminal is wide."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _options(pairs: list[str]) -> dict[str, object]:
@@ -181,11 +194,11 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Run a command; what is wrong with the input is one clear line and status 2, not a traceback."""
+    """Run a command; what is wrong with the input, or missing here, is one clear line and status 2, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("IMITATE_DS_TRACEBACK"):
             raise
-        console.print(f"imitate-ds: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"imitate-ds: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

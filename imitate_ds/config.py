@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Folder = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -14,7 +14,7 @@ Pair = Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isin
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class AugmentConfig(Section):
@@ -30,6 +30,13 @@ class AugmentConfig(Section):
     brightness: float = Field(default=0.2, ge=0, le=1)  # jitter; 0 switches it off
     contrast: float = Field(default=0.2, ge=0, le=1)
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be two shares, 0 < low <= high <= 1")
+        return value
+
 
 class DataConfig(Section):
     shards: Folder  # a folder made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`
@@ -38,7 +45,7 @@ class DataConfig(Section):
     input_size: int = Field(default=224, ge=16)  # pixels the encoder sees
     workers: int = Field(default=2, ge=0)  # decoding processes per rank; 0 decodes in the training process
     impression_text: Literal["impression", "report"] = "impression"  # what the highest level is aligned with
-    max_skipped: int = Field(default=0, ge=0)  # damaged samples tolerated per epoch before the run stops
+    max_skipped: int = Field(default=0, ge=0)  # damaged samples a rank tolerates in an epoch before the run stops
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -89,13 +96,20 @@ class OptimConfig(Section):
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "apex_fused_lamb"] = "auto"
     lr: float = Field(default=2e-4, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: Pair = (0.9, 0.999)
+    betas: Pair = (0.9, 0.999)  # each in [0, 1)
     decay_norm_and_bias: bool = False  # as published: True
     schedule: Literal["cosine", "cosine_restarts"] = "cosine"
     warmup_share: float = Field(default=0.05, ge=0, lt=1)  # of all steps
     final_lr_share: float = Field(default=0.01, ge=0, le=1)  # the cosine ends at lr * this
-    restart_epochs: int = Field(default=20, ge=0)  # 0 exports the initial weights  # period of cosine_restarts
+    restart_epochs: int = Field(default=20, ge=1)  # period of cosine_restarts
     grad_clip: float = Field(default=1.0, ge=0)  # global norm; 0 switches it off
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers, 0 <= beta < 1")
+        return value
 
 
 class TrainConfig(Section):
@@ -117,7 +131,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Folder = Path("runs")  # the run lives in output_dir/name
     preset: Literal["default", "paper"] = "default"
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     data: DataConfig
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -131,6 +145,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         weights = self.objective.weights
+        if not any(weights.model_dump().values()):
+            raise ValueError("objective.weights: all are 0, so there is nothing to learn; make one of them positive")
         if not self.model.aggregation.enabled and (weights.image_findings or weights.views_findings):
             raise ValueError(
                 "model.aggregation.enabled = False: without a findings branch, objective.weights.image_findings and "
@@ -139,7 +155,9 @@ class RunConfig(Section):
         return self
 
 
-# What a preset changes; a run file is laid over it. `paper` is method.md sections 2 to 4 with only the crash fixed.
+# What a preset changes; a run file is laid over it. `paper` is the published method with its crash fixed. What it does not
+# copy: each view is normalised together with the other by the BatchNorms (they were four passes), pixels have mean .5
+# and deviation .25 (ImageNet's there), and the period of the restarts follows the global batch (one process's there).
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -240,7 +258,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if child is not None and not isinstance(child, dict):
             raise ValueError(f"--set {override}: {parent} is a value, not a section")
         node[parent] = node = dict(child or {})
-    node[leaf] = load_yaml(text)
+    node[leaf] = load_yaml(text) if text else ""
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -71,6 +73,8 @@ def _describe_world() -> None:
         nodes = subprocess.run(
             ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True
         )
+        if nodes.returncode or not nodes.stdout.strip():
+            raise RuntimeError(f"scontrol show hostnames failed: {nodes.stderr.strip()}; set MASTER_ADDR yourself")
         env.setdefault("MASTER_ADDR", nodes.stdout.split()[0])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     if "RANK" not in env:
@@ -146,11 +150,11 @@ def max_over_ranks(value: float) -> float:
     return tensor.item()
 
 
-def broadcast_object(item: object) -> object:
+def broadcast_object(item: T) -> T:
     """Rank 0's object, on every rank."""
     if world().size == 1:
         return item
-    box = [item]
+    box: list = [item]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

@@ -1,10 +1,10 @@
 """Evaluation, an entrance: what an exported model can do on the samples of a split it was not trained on.
 
-Two protocols. `strict`, the default: by patient, duplicate texts are one candidate. `reference`: as papers did, to
-compare with papers. Every figure has a 95 % interval by bootstrap over patients.
+Two protocols. `strict`, the default: by patient, duplicate texts are one candidate of recall, and the split the model was
+trained on is refused. `reference`: as papers did, to compare with papers. Every figure has a 95 % interval by bootstrap
+over patients.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from imitate_ds.data.shards import load_index
+from imitate_ds.data.shard_index import file_sha256
+from imitate_ds.data.shards import ShardIndex, load_index
 from imitate_ds.evaluation.embedded import (
     SplitRecords,
     TextEmbeddings,
@@ -23,13 +24,14 @@ from imitate_ds.evaluation.embedded import (
 )
 from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompts import prompts_for
-from imitate_ds.evaluation.report import write_result
+from imitate_ds.evaluation.report import open_out, write_result
 from imitate_ds.evaluation.retrieval import Pairs, score_pairs
 from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
 from imitate_ds.metrics import (
     DRAWS,
     SEED,
     Figures,
+    Ties,
     bootstrap_by_patient,
     figure,
     macro_auroc_statistic,
@@ -40,6 +42,7 @@ Protocol = Literal["strict", "reference"]
 
 LEVELS = ("impression", "findings", "report")
 SHARES = {"1%": 0.01, "10%": 0.1, "100%": 1.0}  # of the training labels
+TIES = {"against": "count against the query", "index": "broken by index order"}
 PROBE_SEEDS = {"strict": (0, 1, 2, 3, 4), "reference": (42,)}
 
 
@@ -56,10 +59,12 @@ def evaluate_retrieval(
 ) -> dict[str, Any]:
     """Image to report and back: R@k by pair and P@k by label, at the levels impression, findings and report.
 
-    `strict` takes each distinct text once; `reference` takes all and counts the exact pair only. Beside each figure
-    stand `chance`, a random order, and `blind`, the best answer that is the same for every query.
+    R@k: `strict` takes each distinct text once, and ties count against the query; `reference` takes all texts, counts
+    the exact pair only, and breaks ties by index order. P@k: duplicate texts stay separate candidates in both. Beside
+    each figure stand `chance`, a random order, and `blind`, the best answer that is the same for every query.
     """
-    task = _open(model, shards, split, protocol)
+    task = _open(model, shards, out, split, protocol)
+    ties: Ties = "index" if protocol == "reference" else "against"
     texts = embed_reports(task.model, task.records)
     metrics: Figures = {}
     curves: dict[str, Any] = {}
@@ -71,12 +76,12 @@ def evaluate_retrieval(
             continue
         if protocol == "reference":
             pairs = pairs._replace(groups=np.arange(len(pairs.groups)))
-        figures, recalls = score_pairs(pairs)
+        figures, recalls = score_pairs(pairs, ties)
         metrics |= {f"{level}/{name}": value for name, value in figures.items()}
         curves |= {f"{level}/{name}": curve for name, curve in recalls.items()}
     if not metrics:
         raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
-    settings = {"levels_left_out": left_out, "ties": "count against the query"}
+    settings = {"levels_left_out": left_out, "ties": TIES[ties]}
     return _write("retrieval", out, protocol, task, metrics, settings, curves)
 
 
@@ -88,14 +93,18 @@ def evaluate_zero_shot(
     An image's score depends on no other image: nothing is standardised over the batch. AUROC of one label does not
     notice such a scaling, nor does it need a threshold, so both protocols give the same figures here.
     """
-    task = _open(model, shards, split, protocol)
+    task = _open(model, shards, out, split, protocol)
     _require_labels(task.records)
-    prompts = prompts_for(task.records.index.labels)
+    labels = task.records.index.labels
+    prompts = prompts_for(labels)
+    task = task._replace(records=task.records.with_labels(list(prompts)))
+    _require_labels(task.records)
     margins = task.model.zero_shot_scores(task.images.impression, prompts)
     scores = torch.stack(list(margins.values()), dim=1).numpy()
     metrics = _aurocs(task.records, [scores])
     settings = {
         "prompts": prompts,
+        "labels_without_prompt": [name for name in labels if name not in prompts],
         "score": "P(affirming) - P(denying)",
         "temperature": task.model.settings["temperature"],
     }
@@ -108,9 +117,10 @@ def evaluate_probe(
     """Logistic regression on frozen pooled features at 1, 10 and 100 % of the labels: AUROC per label and macro.
 
     `strict` draws patients, five times for the smaller shares (mean and standard deviation over the draws), and refuses
-    a patient on both sides. `reference` draws images, once, with seed 42.
+    a patient on both sides. `reference` draws images, once, with seed 42; the probe is the same logistic regression, not
+    the layer that the published program trains with AdamW.
     """
-    task = _open(model, shards, split, protocol)
+    task = _open(model, shards, out, split, protocol)
     _require_labels(task.records)
     train = read_split(task.records.index, train_split)
     shared = len(np.intersect1d(train.patients, task.records.patients))
@@ -141,12 +151,24 @@ def evaluate_probe(
     return _write("probe", out, protocol, task, metrics, settings, curves)
 
 
-def _open(model: Path, shards: Path, split: str, protocol: str) -> Task:
+def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Task:
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol = {protocol!r}: must be 'strict' or 'reference'")
+    open_out(Path(out))
     pretrained = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    records = read_split(load_index(Path(shards)), split)
+    index = load_index(Path(shards))
+    if protocol == "strict":
+        _refuse_training_split(pretrained, index, split)
+    records = read_split(index, split)
     return Task(pretrained, records, embed_radiographs(pretrained, records, workers=_workers()))
+
+
+def _refuse_training_split(model: PretrainedImitate, index: ShardIndex, split: str) -> None:
+    """Older exports do not say what they were trained on, and pass."""
+    if (model.settings.get("build_id"), model.settings.get("train_split")) == (index.build_id, split):
+        raise ValueError(
+            f"split = {split!r}: {model.folder} was trained on it; name another split, or ask for --protocol reference"
+        )
 
 
 def _workers() -> int:
@@ -229,7 +251,7 @@ def _write(
         "protocol": protocol,
         "model": {
             "path": str(model.folder),
-            "weights_sha256": hashlib.sha256((model.folder / WEIGHTS).read_bytes()).hexdigest()[:16],
+            "weights_sha256": file_sha256(model.folder / WEIGHTS)[:16],
             "preset": model.settings["preset"],
             "image_encoder": model.settings["model"]["image_encoder"],
             "impression_text": model.settings["impression_text"],

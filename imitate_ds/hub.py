@@ -1,8 +1,8 @@
 """What leaves the house: a folder of safetensors and JSON that others can load, and the model that comes back from it."""
 
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +20,23 @@ from imitate_ds.config import ModelConfig, RunConfig
 from imitate_ds.data.radiographs import load_radiograph, prepare_radiograph
 from imitate_ds.data.transforms import eval_view
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.models.text_encoder import TextEncoder, load_text_encoder
+from imitate_ds.models.text_encoder import TextEncoder, describe_text_encoder, load_text_encoder
 
 FORMAT = "imitate_ds.model/1"
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 BACKBONE, TEXT_ENCODER = "image_encoder.safetensors", "text_encoder"
 CARD_FIELDS = ("data", "synthetic", "image_size")
+# what the two files must hold; build_id, train_split and text_encoder are missing in older exports
+SETTINGS = {"preset": str, "impression_text": str, "temperature": float | int, "text_width": int, "input_size": int}
+SETTINGS |= {"data": str, "synthetic": bool, "model": dict}
+SIZES = {"image_size": int, "input_size": int}
+AGAIN = "copy the export again, or export the run again"
+HOW = "a run exports at its end to runs/NAME/export (finish it with --set train.resume=true)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+LSA_LICENCE = """`text_encoder/terms.json` holds words and pairs of words that occur in the training reports, so this folder
+falls under the licence of the training data.
+"""
 
 Branch = Literal["impression", "findings", "pooled"]
 Section = Literal["impression", "findings"]
@@ -61,10 +71,16 @@ class PretrainedImitate:
         if self._text_encoder is None:
             if not (self.folder / TEXT_ENCODER).is_dir():
                 raise FileNotFoundError(
-                    f"{self.folder}: no {TEXT_ENCODER}/ folder, so text cannot be encoded; "
-                    "export again with the shards' text encoder"
+                    f"{self.folder}: no {TEXT_ENCODER}/ folder, so text cannot be encoded; copy the export again"
                 )
-            self._text_encoder = load_text_encoder(str(self.folder / TEXT_ENCODER))
+            encoder = load_text_encoder(str(self.folder / TEXT_ENCODER))
+            wanted = (self.settings.get("text_encoder") or {}).get("fingerprint")  # older exports do not say
+            if wanted and encoder.fingerprint != wanted:
+                raise ValueError(
+                    f"{self.folder / TEXT_ENCODER}: text encoder {encoder.fingerprint}, but the model was trained with "
+                    f"{wanted}; copy the export again"
+                )
+            self._text_encoder = encoder
         return self._text_encoder
 
     @property
@@ -84,16 +100,21 @@ class PretrainedImitate:
         """
         if branch not in ("impression", "findings", "pooled"):
             raise ValueError(f"branch = {branch!r}: must be 'impression', 'findings' or 'pooled'")
-        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        if not batches:
+        starts = range(0, len(images), batch_size)
+        if not starts:
             raise ValueError("images: must hold at least one radiograph")
-        rows = [getattr(self.embed_images(self.prepare(batch)), branch) for batch in batches]
+        batches = (self.prepare(images[start : start + batch_size], first=start) for start in starts)
+        rows = [getattr(self.embed_images(batch), branch) for batch in batches]
         if rows[0] is None:
             raise ValueError("branch = 'findings': this model has no findings branch; it has 'impression' and 'pooled'")
         return torch.cat(rows)
 
-    def prepare(self, images: Sequence[str | Path] | Tensor) -> Tensor:
-        """Files, or uint8 [B, 1, H, W], to what the encoder was trained on: uint8 [B, 1, input_size, input_size]."""
+    def prepare(self, images: Sequence[str | Path] | Tensor, first: int = 0) -> Tensor:
+        """Files, or uint8 [B, 1, H, W], to what the encoder was trained on: uint8 [B, 1, input_size, input_size].
+
+        Raises OSError or ValueError naming the place in the list of a file that cannot be read, never the file, for its
+        name may hold a patient id; `first` is the place of images[0] in the caller's list.
+        """
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
                 found = f"{images.dtype} {list(images.shape)}"
@@ -102,7 +123,7 @@ class PretrainedImitate:
         if isinstance(images, (str, Path)):
             raise ValueError("images: must be a list of files, not one; write [file]")
         size = self.preprocessing["image_size"]
-        squares = [torch.from_numpy(prepare_radiograph(load_radiograph(Path(path)), size)) for path in images]
+        squares = [_square(path, size, place) for place, path in enumerate(images, start=first)]
         return torch.stack([eval_view(square[None], self.input_size) for square in squares])
 
     @torch.no_grad()
@@ -178,7 +199,8 @@ def save_pretrained(
     """Write the export folder: config, weights, preprocessing, text encoder, model card; whole or not at all.
 
     `card` says what the model was trained on: data (name), synthetic (bool) and image_size (of the shards) must be
-    there; whatever else it holds (build_id, licence, steps, figures) is listed in the model card.
+    there; whatever else it holds (build_id, licence, steps, figures) is listed in the model card. With build_id,
+    evaluation can tell when it is asked to score what the model was trained on.
     """
     missing = [name for name in CARD_FIELDS if name not in card]
     if missing:
@@ -192,6 +214,9 @@ def save_pretrained(
         "input_size": config.data.input_size,
         "data": card["data"],
         "synthetic": bool(card["synthetic"]),
+        "build_id": card.get("build_id"),
+        "train_split": config.data.train_split,
+        "text_encoder": _text_encoder_settings(text_encoder_folder),
         "model": config.model.model_dump(mode="json"),
     }
     preprocessing = {
@@ -210,11 +235,13 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
 
     Raises FileNotFoundError when there is no such export, ValueError when it is not one that this version reads.
     """
-    root = _local_folder(folder)
-    settings = _read_json(root / CONFIG)
+    root = _find_export(folder)
+    settings, preprocessing = _read_json(root / CONFIG), _read_json(root / PREPROCESSOR)
     if settings.get("format") != FORMAT:
         raise ValueError(f"{root / CONFIG}: format = {settings.get('format')!r}: must be {FORMAT!r}")
-    preprocessing = _read_json(root / PREPROCESSOR)
+    for name, content, wanted in ((CONFIG, settings, SETTINGS), (PREPROCESSOR, preprocessing, SIZES)):
+        if lacking := [key for key, kind in wanted.items() if not isinstance(content.get(key), kind)]:
+            raise ValueError(f"{root / name}: lacks {', '.join(lacking)}; {AGAIN}")
     try:
         config = ModelConfig.model_validate(settings["model"])
         weights = load_file(root / WEIGHTS)
@@ -222,40 +249,59 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
         plain = config.model_copy(update={"weights": "none"})
         model = ImitateModel(plain, settings["text_width"], input_size=settings["input_size"])
         model.load_state_dict(weights)
-    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{root}: damaged export, or one of another version: {error}; export the run again") from error
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{root}: damaged export, or one of another version: {error}; {AGAIN}") from error
     return PretrainedImitate(model, settings, preprocessing, root).to(device)
 
 
-def _local_folder(folder: str | Path) -> Path:
+def _find_export(folder: str | Path) -> Path:
     root = Path(folder)
-    if root.is_dir():
-        for name in (CONFIG, WEIGHTS, PREPROCESSOR):
-            if not (root / name).is_file():
-                raise FileNotFoundError(f"{root}: no {name}, so not an export; make one with 'imitate-ds export'")
-        return root
-    if not HUB_ID.fullmatch(str(folder)):
-        raise FileNotFoundError(
-            f"{root}: no such folder; a run exports to runs/NAME/export, or use 'imitate-ds export'"
-        )
+    if not root.is_dir():
+        # a mistyped path below a folder that is here is no name at the hub
+        if not HUB_ID.fullmatch(str(folder)) or Path(root.parts[0]).exists():
+            raise FileNotFoundError(f"{root}: no such folder; {HOW}")
+        root = _download(str(folder))
+    for name in (CONFIG, WEIGHTS, PREPROCESSOR):
+        if not (root / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}, so not an export; {HOW}")
+    return root
+
+
+def _download(name: str) -> Path:
     try:
         safe = ["*.safetensors", "*.json", "*.txt", "*.md"]  # never a pickle
-        return Path(snapshot_download(str(folder), allow_patterns=safe))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        return Path(snapshot_download(name, allow_patterns=safe))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{folder}: no such folder, and the hub gave no model of that name ({type(error).__name__}); "
-            "a run exports to runs/NAME/export"
+            f"{name}: no such folder, and the hub gave no model of that name ({type(error).__name__}); {HOW}"
         ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}; export the run again") from None
+        raise ValueError(f"{path}: not valid JSON: {error}; {AGAIN}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}")
+        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}; {AGAIN}")
     return content
+
+
+def _square(path: str | Path, size: int, place: int) -> Tensor:
+    """A file as uint8 [size, size]; errors name its place in the list."""
+    try:
+        return torch.from_numpy(prepare_radiograph(load_radiograph(path), size))
+    except OSError as error:
+        raise OSError(error.errno, f"images[{place}]: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"images[{place}]: {error}") from None
+
+
+def _text_encoder_settings(folder: Path | None) -> dict[str, Any] | None:
+    if folder is None:
+        return None
+    about = describe_text_encoder(folder)
+    return {name: about.get(name) for name in ("kind", "fingerprint")}
 
 
 def _write_export(
@@ -267,21 +313,24 @@ def _write_export(
     card: str,
 ) -> None:
     """Write beside the target and rename at the end, so that a killed export leaves the old one, or none."""
-    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
+    folder = folder.resolve()  # "." has no name
+    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an export; name another folder, or remove it")
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    scratch = secrets.token_hex(4)  # two nodes may write the same export
+    part = folder.with_name(f".{folder.name}.part-{scratch}")
+    metadata = {"format": "pt", "synthetic": str(settings["synthetic"]).lower()}
     part.mkdir(parents=True)
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, part / WEIGHTS, metadata={"format": "pt"})
-        save_file(_timm_state(model), part / BACKBONE, metadata={"format": "pt"})
+        save_file(state, part / WEIGHTS, metadata=metadata)
+        save_file(_timm_state(model), part / BACKBONE, metadata=metadata)
         (part / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         (part / PREPROCESSOR).write_text(json.dumps(preprocessing, indent=2) + "\n")
         (part / CARD).write_text(card)
         if text_encoder_folder is not None:
             shutil.copytree(text_encoder_folder, part / TEXT_ENCODER)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            old = folder.with_name(f".{folder.name}.old-{scratch}")
             folder.rename(old)
             part.rename(folder)
             shutil.rmtree(old)
@@ -306,6 +355,7 @@ def _timm_state(model: ImitateModel) -> dict[str, Tensor]:
 def _model_card(settings: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     synthetic = "**synthetic** (procedural phantoms, no patients)" if settings["synthetic"] else "radiographs of people"
     licence = card.get("licence", "follows the terms of the training data, which you must read before sharing them")
+    words = LSA_LICENCE if (settings["text_encoder"] or {}).get("kind") == "lsa" else ""
     facts = {k: v for k, v in card.items() if k not in (*CARD_FIELDS, "licence")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     return f"""---
@@ -334,7 +384,7 @@ inherits their errors.
 
 ## Licence
 Program: Apache-2.0. Weights: {licence}.
-
+{words}
 ## Use
 ```python
 import imitate_ds

@@ -6,30 +6,36 @@ nothing is sorted or ranked again.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Statistic = Callable[[np.ndarray], "np.ndarray | float"]  # weights [n] -> one figure, or several at once
+Ties = Literal["against", "index"]
 Figures = dict[str, dict[str, Any]]  # metric -> {value, low, high, n, ...}
 
 DRAWS, SEED = 1000, 0  # of the bootstrap
 TIE = 1e-6  # cosine similarities closer than this are equal: it is what float32 rows can tell apart
 
 
-def positive_ranks(similarity: Tensor, query_groups: Tensor, candidate_groups: Tensor) -> Tensor:
+def positive_ranks(
+    similarity: Tensor, query_groups: Tensor, candidate_groups: Tensor, *, ties: Ties = "against"
+) -> Tensor:
     """How many wrong candidates stand at or before the best right one: int64 [Q]; 0 means the first hit is right.
 
     similarity [Q, K] of cosines; a candidate is right if its group (int64 [K]) is the query's (int64 [Q]).
-    Ties count against the query: of equally similar candidates the wrong ones come first.
+    Of equally similar candidates the wrong ones come first (ties="against"), or the first in order (ties="index").
     """
     right = query_groups[:, None] == candidate_groups[None, :]
     if not right.any(dim=1).all():
         raise ValueError("query_groups: every query must have at least one right candidate")
+    if ties == "index":
+        similarity = _without_ties(similarity)
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((similarity >= best - TIE) & ~right).sum(dim=1)
+    before = similarity > best if ties == "index" else similarity >= best - TIE
+    return (before & ~right).sum(dim=1)
 
 
 def recall_at_k(similarity: Tensor, query_groups: Tensor, candidate_groups: Tensor, *, k: int) -> float:
@@ -60,9 +66,7 @@ def precision_at_k(similarity: Tensor, query_labels: Tensor, candidate_labels: T
     count = similarity.shape[1]
     if not 1 <= k <= count:
         raise ValueError(f"k = {k}: must be from 1 to the number of candidates, {count}")
-    steps = (similarity.double() / TIE).round()
-    order = torch.arange(count, dtype=torch.float64, device=similarity.device) / (2 * count)
-    top = (steps - order).topk(k, dim=1).indices
+    top = _without_ties(similarity).topk(k, dim=1).indices
     return candidate_labels[top].double().mean(dim=1).masked_fill(~query_labels, torch.nan)
 
 
@@ -160,6 +164,13 @@ def nan_mean(values: np.ndarray) -> float:
     """The mean of what is defined; NaN, without a warning, if nothing is."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")
+
+
+def _without_ties(similarity: Tensor) -> Tensor:
+    """float64 [Q, K] in the same order, but for what is equal within TIE: that stands in index order."""
+    count = similarity.shape[1]
+    steps = (similarity.double() / TIE).round()
+    return steps - torch.arange(count, dtype=torch.float64, device=similarity.device) / (2 * count)
 
 
 def _patients(patients: Sequence[str] | np.ndarray) -> tuple[int, np.ndarray]:

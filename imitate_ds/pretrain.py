@@ -1,8 +1,10 @@
 """Pre-training, the main entrance: `deepspeed --module imitate_ds.pretrain --config RUN.yaml [--set key=value ...]`."""
 
 import argparse
+import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,15 @@ from torch import Tensor
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features
 from imitate_ds.config import RunConfig, dump_run_config, load_run_config
-from imitate_ds.data.loader import build_eval_loader, build_train_loader, build_train_plan
+from imitate_ds.data.loader import build_train_loader, build_train_plan
 from imitate_ds.data.shards import ShardIndex, load_index
-from imitate_ds.data.text_cache import text_width
-from imitate_ds.distributed import broadcast_object, gather_rows, init_world, leave_world, training_device, world
-from imitate_ds.metrics import recall_at_k
+from imitate_ds.data.text_cache import text_info
+from imitate_ds.distributed import broadcast_object, init_world, leave_world, training_device, world
+from imitate_ds.evaluation.validation import validate
+from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from imitate_ds.training.engine import (
     average_batch_norm_statistics,
     batch_norm_policy,
@@ -33,6 +36,22 @@ from imitate_ds.training.loop import LoopSettings, StepOutput, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.schedule import learning_rate, restart_period
 
+# Settings that may change when a run goes on; all others must be those it was begun with.
+FREE_SETTINGS = {
+    "name",
+    "output_dir",
+    "data.shards",  # the folder may move; its build and its embeddings may not change
+    "data.val_split",
+    "data.workers",
+    "data.max_skipped",
+    "train.resume",
+    "train.save_every",
+    "train.keep_last",
+    "train.eval_every",
+    "train.log_every",
+    "train.images_every",
+}
+
 
 class Horizon(NamedTuple):
     """How long a run is, in optimizer steps."""
@@ -43,56 +62,53 @@ class Horizon(NamedTuple):
     total_steps: int
 
 
+class Inputs(NamedTuple):
+    """What a run is made from, opened and checked before anything is built."""
+
+    index: ShardIndex
+    text_encoder: str  # fingerprint
+    text_width: int
+    horizon: Horizon
+    batch_norm: str  # resolved policy
+
+
 def pretrain(config: RunConfig) -> dict[str, float]:
     """Train, validate, save and export as the run file says; returns the last validation metrics.
 
     Everything of the run lies in config.run_dir: config.yaml, checkpoints/, tensorboard/, metrics.jsonl, export/.
     """
     here = init_world()
-    index = load_index(config.data.shards)
-    horizon = plan_horizon(config, index)
-    checkpoint = _open_run(config)
-
-    torch.manual_seed(config.seed)
-    model = ImitateModel(config.model, text_width(config.data.shards), input_size=config.data.input_size)
-    engine = build_engine(model, config.train, config.optim)
+    inputs = _open_inputs(config)
+    checkpoint = _open_run(config, inputs)
+    engine = build_engine(_build_model(config, inputs), config.train, config.optim)
     start_step = load_checkpoint(engine, checkpoint)["step"] if checkpoint else 0
+    if here.is_main:
+        _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
 
+    horizon = inputs.horizon
     monitor = Monitor(config.run_dir, start_step=start_step, total_steps=horizon.total_steps, speaks=here.is_main)
-    monitor.say(_describe(config, horizon, index, start_step))
+    monitor.say(_describe(config, inputs, start_step))
     metrics: dict[str, float] = {}
-    policy = batch_norm_policy(config.train, training_device())
-
-    def after_step(done: int) -> None:
-        last = done == horizon.total_steps
-        saves = last or done % (config.train.save_every or horizon.steps_per_epoch) == 0
-        validates = bool(config.data.val_split) and _validation_is_due(done, horizon, config.train.eval_every)
-        if validates or saves:
-            average_batch_norm_statistics(engine.module)
-        if validates:
-            metrics.update(validate(engine, config, index))
-            monitor.scalars(done, metrics, split="val")
-            monitor.say(f"step {done}: " + "  ".join(f"val {k} {v:.3f}" for k, v in metrics.items()))
-            set_training_mode(engine.module, policy)
-        if saves:
-            state = {"step": done, "samples_seen": done * horizon.global_batch_size}
-            save_checkpoint(engine, config.run_dir / "checkpoints", done, state, keep_last=config.train.keep_last)
-
+    settings = LoopSettings(
+        seed=config.seed,
+        total_steps=horizon.total_steps,
+        batch_norm=inputs.batch_norm,
+        skips_overflow=config.train.precision == "fp16",
+        log_every=config.train.log_every,
+        images_every=config.train.images_every,
+        pauses_at=lambda done: _saves_at(done, config, horizon) or _validates_at(done, config, horizon),
+    )
     batches = build_train_loader(
         config, rank=here.rank, world_size=here.size, start_step=start_step, stop_step=horizon.total_steps
     )
     period = restart_period(horizon.samples, horizon.global_batch_size, config.optim.restart_epochs)
-    settings = LoopSettings(
-        seed=config.seed,
-        total_steps=horizon.total_steps,
-        batch_norm=policy,
-        log_every=config.train.log_every,
-        images_every=config.train.images_every,
-    )
     rate = partial(learning_rate, total_steps=horizon.total_steps, optim=config.optim, period=period)
+    pause = partial(_pause, engine, config, inputs, monitor, metrics)
     try:
-        train_steps(engine, batches, partial(_step, engine, config), rate, monitor, settings, after_step)
-        export(engine, config, index, horizon)
+        train_steps(engine, batches, partial(_step, engine, config), rate, monitor, settings, pause)
+        if not metrics and start_step and _validates_at(horizon.total_steps, config, horizon):
+            metrics.update(validate(engine, config, inputs.index))  # the run had ended; say again how it stands
+        export(engine, config, inputs)
         monitor.hyperparameters(_flat(config.model_dump(mode="json")), metrics)
         monitor.say(f"export: {config.run_dir / 'export'}")
     finally:
@@ -100,104 +116,121 @@ def pretrain(config: RunConfig) -> dict[str, float]:
     return metrics
 
 
-def plan_horizon(config: RunConfig, index: ShardIndex) -> Horizon:
-    """Steps of an epoch and of the run; the last incomplete batch of an epoch is left out."""
-    plan = build_train_plan(config, index, world_size=world().size)
-    per_epoch = plan.steps_per_epoch
-    total = per_epoch * config.train.epochs
-    if config.train.max_steps:
-        total = min(total, config.train.max_steps)
-    return Horizon(plan.samples, config.train.micro_batch_size * world().size, per_epoch, total)
-
-
-@torch.no_grad()
-def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, float]:
-    """Retrieval on the validation split at both levels, duplicate texts grouped; the same on any number of ranks."""
-    here = world()
-    engine.module.eval()
-    parts: dict[str, list[Tensor]] = {}
-    keys: list[Tensor] = []
-    loader = build_eval_loader(
-        index,
-        config.data.val_split,
-        input_size=config.data.input_size,
-        batch_size=config.train.micro_batch_size,
-        workers=config.data.workers,
-        impression_text=config.data.impression_text,
-        rank=here.rank,
-        world_size=here.size,
-    )
-    for batch in loader:
-        features: Features = engine(batch.to(training_device()))
-        rows = {
-            "impression": (
-                features.image_impression[:, 0],
-                features.text_impression,
-                batch.impression,
-                batch.has_impression,
-            ),
-        }
-        if features.image_findings is not None:
-            rows["findings"] = (
-                features.image_findings[:, 0],
-                features.text_findings,
-                batch.findings,
-                batch.has_findings,
-            )
-        for level, tensors in rows.items():
-            for name, tensor in zip(("image", "text", "prior", "valid"), tensors, strict=True):
-                parts.setdefault(f"{level}/{name}", []).append(gather_rows(tensor.to(training_device())).cpu())
-        keys.append(gather_rows(_key_numbers(batch.keys).to(training_device())).cpu())
-    first = _first_of_each(torch.cat(keys))
-    whole = {name: torch.cat(tensors)[first] for name, tensors in parts.items()}
-    metrics: dict[str, float] = {}
-    for level in sorted({name.split("/")[0] for name in whole}):
-        valid = whole[f"{level}/valid"]
-        image, text, prior = (whole[f"{level}/{name}"][valid].float() for name in ("image", "text", "prior"))
-        _, groups = prior.unique(dim=0, return_inverse=True)  # equal texts have equal frozen embeddings
-        similarity = image @ text.T
-        for k in (1, 5, 10):
-            metrics[f"{level}/image_to_text_R@{k}"] = recall_at_k(similarity, groups, groups, k=k)
-            metrics[f"{level}/text_to_image_R@{k}"] = recall_at_k(similarity.T, groups, groups, k=k)
-    return metrics
-
-
-def _retrieval_rows(features: Features, batch: Batch) -> dict[str, Tensor]:
-    """level/{image, text, prior, valid} -> rows [B, ...] of one validation batch."""
-    image, text = features.image_impression[:, 0], features.text_impression
-    rows = {"image": image, "text": text, "prior": batch.impression, "valid": batch.has_impression}
-    named = {f"impression/{name}": tensor for name, tensor in rows.items()}
-    if features.image_findings is not None:
-        image, text = features.image_findings[:, 0], features.text_findings
-        rows = {"image": image, "text": text, "prior": batch.findings, "valid": batch.has_findings}
-        named |= {f"findings/{name}": tensor for name, tensor in rows.items()}
-    return named
-
-
-def export(engine: Any, config: RunConfig, index: ShardIndex, horizon: Horizon) -> None:
+def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
     """Write run_dir/export: weights and configuration that `imitate_ds.load_model` reads. A collective."""
     average_batch_norm_statistics(engine.module)
     state = full_state_dict(engine)
-    if world().is_main:
-        empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
-        model = ImitateModel(empty, text_width(config.data.shards), input_size=config.data.input_size)
-        model.load_state_dict(state)
-        card = {
-            "data": index.source,
-            "synthetic": index.synthetic,
-            "samples": horizon.samples,
-            "steps": horizon.total_steps,
-            "global_batch_size": horizon.global_batch_size,
-            "image_size": index.image_size,
-        }
-        encoder = config.data.shards / "text_encoder"
-        hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+    if not world().is_main:
+        return
+    if (now := text_info(config.data.shards)["encoder"]) != inputs.text_encoder:
+        raise RuntimeError(
+            f"data.shards = '{config.data.shards}': embedded anew during the run (encoder {now}, the run began with "
+            f"{inputs.text_encoder}); embed with the first one again and go on with --set train.resume=true"
+        )
+    empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
+    model = ImitateModel(empty, inputs.text_width, input_size=config.data.input_size)
+    model.load_state_dict(state)
+    index, horizon = inputs.index, inputs.horizon
+    card = {
+        "data": index.source,
+        "synthetic": index.synthetic,
+        "image_size": index.image_size,
+        "build_id": index.build_id,
+        "train_split": config.data.train_split,
+        "samples": horizon.samples,
+        "steps": horizon.total_steps,
+        "global_batch_size": horizon.global_batch_size,
+    }
+    encoder = config.data.shards / "text_encoder"
+    hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
 
 
-def _validation_is_due(done: int, horizon: Horizon, every: int) -> bool:
-    """At the end of every `every`-th epoch and of the run; 0: never."""
+def _open_inputs(config: RunConfig) -> Inputs:
+    index = load_index(config.data.shards)
+    if config.data.val_split and config.train.eval_every:
+        _check_val_split(config, index)
+    info = text_info(config.data.shards)
+    plan = build_train_plan(config, index, world_size=world().size)
+    total = plan.steps_per_epoch * config.train.epochs
+    total = min(total, config.train.max_steps or total)
+    horizon = Horizon(plan.samples, config.train.micro_batch_size * world().size, plan.steps_per_epoch, total)
+    return Inputs(index, info["encoder"], info["width"], horizon, batch_norm_policy(config.train, training_device()))
+
+
+def _check_val_split(config: RunConfig, index: ShardIndex) -> None:
+    splits = sorted({shard.split for shard in index.shards})
+    if config.data.val_split not in splits:
+        raise ValueError(
+            f"data.val_split = {config.data.val_split!r}: '{config.data.shards}' has {', '.join(splits)}; name one of "
+            "them, or train without validation: --set data.val_split="
+        )
+
+
+def _build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+    torch.manual_seed(config.seed)
+    model = ImitateModel(config.model, inputs.text_width, input_size=config.data.input_size)
+    return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
+
+
+def _open_run(config: RunConfig, inputs: Inputs) -> Path | None:
+    """The checkpoint to resume from, if any; the same answer, or refusal, on all ranks."""
+    folder = config.run_dir / "checkpoints"
+    problem: str | None = None
+    if world().is_main and not config.train.resume and any(folder.glob("step-*")):
+        problem = (
+            f"name = {config.name!r}: {config.run_dir} already holds checkpoints; go on with "
+            "--set train.resume=true, or choose another name"
+        )
+    if problem := broadcast_object(problem):
+        raise ValueError(problem)
+    checkpoint = find_checkpoint(folder) if config.train.resume else None
+    if checkpoint:
+        _check_same_run(_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
+    return checkpoint
+
+
+def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same when a run goes on, as JSON values."""
+    settings = _flat(json.loads(config.model_dump_json()))
+    fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
+    return {**fixed, "shards": inputs.index.build_id, "text encoder": inputs.text_encoder, "ranks": world().size}
+
+
+def _check_same_run(now: dict[str, Any], then: dict[str, Any], checkpoint: Path) -> None:
+    for key in now:
+        if now[key] != then.get(key):
+            raise ValueError(
+                f"{key} = {now[key]!r}: {checkpoint.name} was made with {then.get(key)!r}, and a run goes on as it "
+                "began; set it back, or choose another name"
+            )
+
+
+def _saves_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
+    return done == horizon.total_steps or done % (config.train.save_every or horizon.steps_per_epoch) == 0
+
+
+def _validates_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
+    """At the end of every eval_every-th epoch and of the run."""
+    if not config.data.val_split or not config.train.eval_every:
+        return False
     epochs, rest = divmod(done, horizon.steps_per_epoch)
-    return every > 0 and (done == horizon.total_steps or (rest == 0 and epochs % every == 0))
+    return done == horizon.total_steps or (rest == 0 and epochs % config.train.eval_every == 0)
+
+
+def _pause(
+    engine: Any, config: RunConfig, inputs: Inputs, monitor: Monitor, metrics: dict[str, float], done: int
+) -> None:
+    """Validate and save, where `done` steps are the time for it."""
+    average_batch_norm_statistics(engine.module)
+    if _validates_at(done, config, inputs.horizon):
+        metrics.update(validate(engine, config, inputs.index))
+        monitor.scalars(done, metrics, split="val")
+        monitor.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("R@5")))
+        set_training_mode(engine.module, inputs.batch_norm)
+    if _saves_at(done, config, inputs.horizon):
+        seen = done * inputs.horizon.global_batch_size
+        state = {"step": done, "samples_seen": seen, "identity": _identity(config, inputs)}
+        save_checkpoint(engine, config.run_dir / "checkpoints", done, state, keep_last=config.train.keep_last)
 
 
 def _step(engine: Any, config: RunConfig, batch: Batch) -> StepOutput:
@@ -229,26 +262,8 @@ def _pictures(batch: Batch, similarity: Mapping[str, Tensor]) -> dict[str, Tenso
     return pictures
 
 
-def _open_run(config: RunConfig) -> Path | None:
-    """Make the run folder; the checkpoint to resume from, if any. The same answer on all ranks."""
-    problem: str | None = None
-    if world().is_main:
-        has_checkpoints = any((config.run_dir / "checkpoints").glob("step-*"))
-        if has_checkpoints and not config.train.resume:
-            problem = (
-                f"name = {config.name!r}: {config.run_dir} already holds checkpoints; go on with "
-                "--set train.resume=true, or choose another name"
-            )
-        else:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(dump_run_config(config))
-    problem = broadcast_object(problem)  # type: ignore[assignment]
-    if problem:
-        raise ValueError(problem)
-    return find_checkpoint(config.run_dir / "checkpoints") if config.train.resume else None
-
-
-def _describe(config: RunConfig, horizon: Horizon, index: ShardIndex, start_step: int) -> str:
+def _describe(config: RunConfig, inputs: Inputs, start_step: int) -> str:
+    index, horizon = inputs.index, inputs.horizon
     kind = " (synthetic)" if index.synthetic else ""
     start = f", resuming at step {start_step}" if start_step else ""
     return (
@@ -258,16 +273,11 @@ def _describe(config: RunConfig, horizon: Horizon, index: ShardIndex, start_step
     )
 
 
-def _key_numbers(keys: list[str]) -> Tensor:
-    """Keys are 16 hexadecimal digits: one signed 64-bit integer each, so that they can be gathered."""
-    return torch.tensor([int(key, 16) - 2**63 for key in keys], dtype=torch.int64)
-
-
-def _first_of_each(values: Tensor) -> Tensor:
-    """Positions of the first occurrence of every value, ordered by value."""
-    unique, inverse = values.unique(return_inverse=True)
-    first = torch.full_like(unique, len(values))
-    return first.scatter_reduce_(0, inverse, torch.arange(len(values)), reduce="amin")
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".tmp")
+    partial_path.write_text(text)
+    partial_path.rename(path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -278,21 +288,33 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entrance of every rank. Bad input ends with one clear message and status 2."""
+    """Entrance of every rank. What is wrong with the input is one clear message and status 2; a bug is a traceback.
+
+    Either way the process ends at once: a rank that lingers would leave the others waiting in a collective.
+    """
     parser = argparse.ArgumentParser(prog="imitate_ds.pretrain", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     given = parser.parse_args(arguments)
+    rank, status = os.environ.get("RANK", "0"), 1
     try:
         pretrain(load_run_config(given.config, given.set))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("IMITATE_DS_TRACEBACK"):
+        status = 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if type(error) in _EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):
+            status = 2
+            print(f"imitate_ds.pretrain: rank {rank}: {error}\n(IMITATE_DS_TRACEBACK=1 shows where)", file=sys.stderr)
+        else:
             raise
-        here = world()
-        print(f"imitate_ds.pretrain: rank {here.rank}: {error}\n(IMITATE_DS_TRACEBACK=1 shows where)", file=sys.stderr)
-        leave_world(2)
-    leave_world()
+    finally:
+        if status == 1:
+            traceback.print_exc()
+        leave_world(status)
+
+
+# Raised by ourselves at the door and in the loop; their subclasses come from libraries, and get their traceback.
+_EXPECTED = {ValueError, FileNotFoundError, FileExistsError, PermissionError, OSError, FloatingPointError}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
-    "evaluation": {"batch", "data", "hub", "metrics"},
+    "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "cli"}
 

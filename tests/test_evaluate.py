@@ -35,7 +35,7 @@ def _export(shards, folder, *, impression_text="impression", findings=True, enco
     config = build_run_config(values)
     torch.manual_seed(0)
     model = ImitateModel(config.model, text_width(shards), input_size=64)
-    card = {"data": "phantom", "synthetic": True, "image_size": 64}
+    card = {"data": "phantom", "synthetic": True, "image_size": 64, "build_id": load_index(shards).build_id}
     encoder = encoder or shards / "text_encoder"
     save_pretrained(model, folder, config=config, text_encoder_folder=encoder, card=card)
     return folder
@@ -94,7 +94,9 @@ def test_retrieval_of_an_untrained_model_is_about_chance(results):
 
 
 def test_reference_retrieval_takes_every_report(phantom_shards, export, tmp_path):
-    metrics = evaluate_retrieval(export, phantom_shards, tmp_path, protocol="reference")["metrics"]
+    result = evaluate_retrieval(export, phantom_shards, tmp_path, protocol="reference")
+    assert result["settings"]["ties"] == "broken by index order"
+    metrics = result["metrics"]
     sizes = {metrics[f"impression/{direction}_R@1"]["n"] for direction in DIRECTIONS}
     assert len(sizes) == 1
     n = sizes.pop()
@@ -199,6 +201,26 @@ def test_one_patient_on_both_sides_is_refused_unless_papers_did_it(phantom_shard
     assert result["settings"]["shares"]["10%"]["seeds"] == [42]
 
 
+def test_the_split_of_the_training_is_refused_unless_papers_did_it(phantom_shards, export, tmp_path):
+    with pytest.raises(ValueError, match=r"split = 'train': .* was trained on it"):
+        evaluate_retrieval(export, phantom_shards, tmp_path, split="train")
+    evaluate_retrieval(export, phantom_shards, tmp_path, split="train", protocol="reference")
+    old = shutil.copytree(export, tmp_path / "old")
+    settings = json.loads((old / "config.json").read_text())
+    del settings["build_id"], settings["train_split"]
+    (old / "config.json").write_text(json.dumps(settings))
+    evaluate_zero_shot(old, phantom_shards, tmp_path, split="train")
+
+
+def test_labels_without_wording_are_left_out_and_named(phantom_shards):
+    records = read_split(load_index(phantom_shards), "val")
+    kept = records.index.labels[1:3]
+    fewer = records.with_labels(kept)
+    assert fewer.index.labels == kept
+    np.testing.assert_array_equal(fewer.labels, records.labels[:, 1:3])
+    assert fewer.describe() == records.describe()
+
+
 def test_duplicates_are_texts_that_differ_in_nothing_but_case_and_punctuation():
     texts = ["No effusion.", "no  effusion", "No effusion!\n", "No effusions.", "", "___"]
     groups = duplicate_groups(texts).tolist()
@@ -217,5 +239,5 @@ def test_bad_input_is_named(phantom_shards, export, tmp_path):
         evaluate_retrieval(export, tmp_path / "none", tmp_path)
     (tmp_path / "results.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match="not a results file"):
-        evaluate_zero_shot(export, phantom_shards, tmp_path)
+        evaluate_zero_shot(tmp_path / "not even looked at", phantom_shards, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == {"mine": 1}

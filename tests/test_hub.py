@@ -8,15 +8,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import imitate_ds
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import load_index, read_samples
-from imitate_ds.data.text_cache import text_width
+from imitate_ds.data.text_cache import text_info, text_width
 from imitate_ds.data.transforms import eval_view
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.text_encoder import LsaEncoder
 
 CARD = {"data": "phantom", "synthetic": True, "image_size": 64, "steps": 0}
 PROMPTS = {"effusion": (["Pleural effusion.", "There is a pleural effusion."], ["No pleural effusion."])}
@@ -77,6 +79,35 @@ def test_the_folder_holds_what_others_need_and_no_pickle(export):
     card = (folder / "README.md").read_text()
     assert "Not for clinical use" in card
     assert "synthetic" in card
+    assert "terms.json` holds words and pairs of words that occur in the training reports" in card
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "synthetic": "true"}
+
+
+def test_the_configuration_says_what_the_model_was_trained_on(phantom_shards, tmp_path):
+    _export(phantom_shards, tmp_path / "export", card={**CARD, "build_id": "abc"})
+    settings = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (settings["build_id"], settings["train_split"]) == ("abc", "train")
+    assert settings["text_encoder"] == {"kind": "lsa", "fingerprint": text_info(phantom_shards)["encoder"]}
+
+
+def test_another_text_encoder_than_that_of_the_run_is_refused(export, tmp_path):
+    folder = shutil.copytree(export[0], tmp_path / "export")
+    LsaEncoder.fit(["No effusion.", "Large effusion.", "Cardiomegaly."], dim=3).save(folder / "text_encoder")
+    with pytest.raises(ValueError, match="but the model was trained with"):
+        load_model(folder).encode_text(["Cardiomegaly."])
+
+
+def test_an_export_of_an_older_version_loads(export, tmp_path):
+    folder = shutil.copytree(export[0], tmp_path / "export")
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("build_id", "train_split", "text_encoder"):
+        del settings[name]
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = load_model(folder)
+    assert model.encode_text(["Cardiomegaly."]).shape == (1, 16)
+    model.save_pretrained(tmp_path / "again")
+    load_model(tmp_path / "again")
 
 
 @pytest.mark.parametrize("branch", ["impression", "findings", "pooled"])
@@ -201,6 +232,50 @@ def test_bad_arguments_are_named(export, files):
         model.encode_text("Cardiomegaly.")
 
 
+def test_a_file_that_cannot_be_read_is_named_by_its_place(export, files, tmp_path):
+    model = load_model(export[0])
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    for bad, error in ((tmp_path / "torn.png", ValueError), (tmp_path / "patient-17.png", FileNotFoundError)):
+        with pytest.raises(error, match=r"images\[3\]: ") as caught:
+            model.encode_image([*files, bad], batch_size=2)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/typo", "runs/typo/export", "./runs/typo", "typo"):
+        with pytest.raises(FileNotFoundError, match=r"finish it with --set train\.resume=true") as caught:
+            load_model(name)
+        assert "the hub" not in str(caught.value)
+
+
+def test_a_name_that_the_hub_cannot_have_and_a_folder_without_weights(export, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="HFValidationError"):
+        load_model("nobody/no--thing")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--model"
+    folder = shutil.copytree(export[0], cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert load_model("somebody/model").folder == folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"somebody/model: no model\.safetensors, so not an export"):
+        load_model("somebody/model")
+
+
+def test_saving_here_means_this_folder(export, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    load_model(export[0]).save_pretrained(".")
+    monkeypatch.chdir(tmp_path)
+    assert load_model(here).encode_text(["Cardiomegaly."]).shape == (1, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_what_is_not_an_export_is_refused(export, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_model(tmp_path / "nothing")
@@ -219,7 +294,9 @@ def test_what_is_not_an_export_is_refused(export, tmp_path, monkeypatch):
         ("config.json", '{"format": "somebody.else/7"}', "format = 'somebody.else/7': must be 'imitate_ds.model/1'"),
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[1]", "must be a JSON object"),
+        ("config.json", '{"format": "imitate_ds.model/1"}', "lacks preset, impression_text"),
         ("preprocessor_config.json", "", "not valid JSON"),
+        ("preprocessor_config.json", '{"input_size": 48}', "lacks image_size"),
         ("model.safetensors", "torn", "damaged export"),
     ],
 )
@@ -249,6 +326,8 @@ def test_an_export_replaces_an_export_and_nothing_else(phantom_shards, tmp_path)
     with pytest.raises(ValueError, match="exists and is not an export"):
         _export(phantom_shards, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(ValueError, match="exists and is not an export"):
+        _export(phantom_shards, tmp_path / "mine" / "thesis.tex")
 
 
 def test_a_failed_export_leaves_the_old_one_and_no_litter(phantom_shards, tmp_path):

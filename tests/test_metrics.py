@@ -49,6 +49,18 @@ def test_ties_count_against_the_query():
     assert positive_ranks(torch.tensor([[0.5, 0.5 - 1e-8]]), _groups(0), _groups(0, 1)).item() == 1
 
 
+def test_ties_by_index_are_those_of_a_stable_sort():
+    groups = torch.arange(4)
+    assert positive_ranks(torch.ones(4, 4), groups, groups, ties="index").tolist() == [0, 1, 2, 3]
+    noise = torch.tensor([[0.5, 0.5 - 1e-8, 0.5 + 1e-8, 0.9]])
+    assert positive_ranks(noise, _groups(1), groups, ties="index").item() == 2
+    similarity = torch.randint(0, 4, (30, 30), generator=torch.Generator().manual_seed(0)) / 4
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    wanted = (order == torch.arange(30)[:, None]).int().argmax(dim=1)
+    ranks = positive_ranks(similarity, torch.arange(30), torch.arange(30), ties="index")
+    assert ranks.tolist() == wanted.tolist()
+
+
 def test_a_query_without_right_candidate_is_refused():
     with pytest.raises(ValueError, match="every query must have at least one right candidate"):
         positive_ranks(torch.ones(1, 2), _groups(5), _groups(0, 1))

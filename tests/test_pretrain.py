@@ -7,13 +7,15 @@ import signal
 import time
 
 import pytest
+import torch
 import yaml
 
 from imitate_ds import load_model
 from imitate_ds.config import load_run_config
 from imitate_ds.data.shards import load_index
 from imitate_ds.evaluate import evaluate_retrieval
-from imitate_ds.pretrain import _first_of_each, _key_numbers, validate
+from imitate_ds.evaluation.validation import validate
+from imitate_ds.pretrain import pretrain
 from tests.launching import finish, run, start
 
 GOLDEN_STEPS = 10
@@ -130,21 +132,46 @@ def refusal(path, *overrides):
     return output
 
 
-def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path):
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """Lets pretrain() start its process group in here, and takes it down again: gloo left alone aborts at exit."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path, group_of_one):
     path, folder = run_file("refused")
-    assert "did you mean lr?" in refusal(path, "optim.lrr=1")
-    assert "imitate-ds shards build" in refusal(path, f"data.shards={tmp_path}/none")
+
+    def refused(error, match, *overrides):
+        with pytest.raises(error, match=match):
+            pretrain(load_run_config(path, list(overrides)))
+
+    refused(FileNotFoundError, "imitate-ds shards build", f"data.shards={tmp_path}/none")
     bare = tmp_path / "bare"
     shutil.copytree(phantom_shards, bare, ignore=shutil.ignore_patterns("text*", "*.safetensors"))
-    assert "imitate-ds shards embed" in refusal(path, f"data.shards={bare}")
-    assert "train.micro_batch_size" in refusal(path, "train.micro_batch_size=4096")
-    assert "loss is not finite" in refusal(path, "optim.lr=1e30", "optim.warmup_share=0.0", "name=diverged")
-    assert not (folder / "checkpoints").exists()
+    refused(FileNotFoundError, "imitate-ds shards embed", f"data.shards={bare}")
+    refused(ValueError, r"train\.micro_batch_size", "train.micro_batch_size=4096")
+    refused(ValueError, r"data\.val_split = 'vall'", "data.val_split=vall")
+    assert not folder.exists()
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
-    assert "train.resume=true" in refusal(path)
+    refused(ValueError, r"train\.resume=true")
+    refused(ValueError, "none of the checkpoints", "train.resume=true")
 
 
-def test_repeated_samples_are_dropped_by_key():
-    keys = ["ffffffffffffffff", "0000000000000001", "ffffffffffffffff", "00000000000000ab"]
-    first = _first_of_each(_key_numbers(keys))
-    assert sorted(first.tolist()) == [0, 1, 3]
+def test_one_clear_line_and_status_2(run_file):
+    path, folder = run_file("refused")
+    assert "did you mean lr?" in refusal(path, "optim.lrr=1")
+    assert "is not finite" in refusal(path, "optim.lr=1e30", "optim.warmup_share=0.0")
+    assert not (folder / "checkpoints").exists()
+
+
+def test_resume_refuses_another_run(run_file):
+    path, folder = run_file("first", train={"epochs": 1, "eval_every": 0})
+    run("imitate_ds.pretrain", "--config", str(path), ranks=1)
+    before = (folder / "config.yaml").read_text()
+    assert "optim.lr = 0.5" in refusal(path, "train.resume=true", "optim.lr=0.5")
+    assert "train.epochs = 3" in refusal(path, "train.resume=true", "train.epochs=3")
+    assert (folder / "config.yaml").read_text() == before  # a refused resume changes nothing

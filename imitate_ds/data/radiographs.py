@@ -5,7 +5,9 @@ No message here holds a path or a DICOM header value, for both can carry patient
 
 import errno
 import io
+import logging
 import struct
+import warnings
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,15 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit, so one rule holds for every form
 BORDER_TOLERANCE = 3  # grey levels: what JPEG makes of a flat border
 PERCENTILES = (0.1, 99.9)  # of the pixels, where nothing says which values to show; a few hot pixels do not count
 DICOM_SUFFIXES = (".dcm", ".dicom")
+# What Pillow, pydicom and numpy raise over damaged bytes. Their messages can quote the file, so none is passed on.
+DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError),
+    *(TypeError, ValueError, struct.error, zlib.error),
+)
+
+
+class _Refused(ValueError):
+    """Our own reason why an image is no radiograph: the only message about a file that may be shown."""
 
 
 class ContentBox(NamedTuple):
@@ -57,8 +68,10 @@ def decode_radiograph(data: bytes) -> np.ndarray:
         raise ValueError(f"image too large: more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise ValueError("not a JPEG, PNG, TIFF or DICOM image") from None
-    except (OSError, SyntaxError, EOFError, zlib.error) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(f"damaged image: {error}") from None
+    except _Refused:
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"damaged image file ({type(error).__name__})") from None
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -73,19 +86,19 @@ def _grey(image: Image.Image) -> np.ndarray:
 
 def _check_pixel_count(count: int) -> None:
     if count > MAX_PIXELS:
-        raise ValueError(f"image too large: {count:,} pixels, more than {MAX_PIXELS:,}")
+        raise _Refused(f"image too large: {count:,} pixels, more than {MAX_PIXELS:,}")
 
 
 def _scale_to_uint8(values: np.ndarray) -> np.ndarray:
     """Stretch the 0.1 to 99.9 percentiles of values [H, W] over 0..255."""
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
-        raise ValueError("image has values that are not finite")
+        raise _Refused("image has values that are not finite")
     low, high = np.percentile(values, PERCENTILES)
     if low == high:
         low, high = values.min(), values.max()
     if low == high:
-        raise ValueError("image has one pixel value")
+        raise _Refused("image has one pixel value")
     return _stretch(values, low, high)
 
 
@@ -98,31 +111,49 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if find_spec("pydicom") is None:
         raise ModuleNotFoundError("reading DICOM needs pydicom: pip install 'imitate-ds[dicom]'", name="pydicom")
     import pydicom
-    from pydicom.pixels.processing import apply_modality_lut
+    from pydicom.errors import BytesLengthException
     from pydicom.uid import ImplicitVRLittleEndian
 
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings, logged and raised, quote header values
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        dataset.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian)
-        _check_dicom(dataset)
-        pixels = dataset.pixel_array
-        if pixels.ndim == 3:
-            return np.asarray(Image.fromarray(pixels).convert("L"))
-        grey = _windowed(apply_modality_lut(pixels, dataset), dataset)
-    except (AttributeError, LookupError, TypeError, EOFError, OSError, struct.error, zlib.error) as error:
+        with warnings.catch_warnings(action="ignore"):
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            dataset.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian)
+            _check_dicom(dataset)
+            return _shown(_dicom_pixels(dataset), dataset)
+    except _Refused:
+        raise
+    except (*DAMAGE, BytesLengthException) as error:
         raise ValueError(f"damaged DICOM file ({type(error).__name__})") from None
+
+
+def _dicom_pixels(dataset: "Dataset") -> np.ndarray:
+    from pydicom.uid import AllTransferSyntaxes
+
+    try:
+        return dataset.pixel_array
     except RuntimeError:  # pydicom: no decoder is installed, or it failed; NotImplementedError is one of these
-        name = dataset.file_meta.TransferSyntaxUID.name
-        raise ValueError(f"DICOM pixels in {name!r} cannot be decoded; try pip install 'imitate-ds[dicom]'") from None
+        syntax = dataset.file_meta.TransferSyntaxUID
+        name = repr(syntax.name) if syntax in AllTransferSyntaxes else "an unknown transfer syntax"
+        raise _Refused(f"DICOM pixels in {name} cannot be decoded; try pip install 'imitate-ds[dicom]'") from None
+
+
+def _shown(pixels: np.ndarray, dataset: "Dataset") -> np.ndarray:
+    """Stored pixels [H, W] or [H, W, 3] as uint8 [H, W]."""
+    from pydicom.pixels.processing import apply_modality_lut
+
+    if pixels.ndim == 3:
+        return np.asarray(Image.fromarray(pixels).convert("L"))
+    grey = _windowed(apply_modality_lut(pixels, dataset), dataset)
     return 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
 
 
 def _check_dicom(dataset: "Dataset") -> None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames != 1:
-        raise ValueError(f"DICOM file has {frames} frames; a radiograph has one")
+        raise _Refused(f"DICOM file has {frames} frames; a radiograph has one")
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        raise ValueError("DICOM file has PALETTE COLOR pixels; a radiograph is MONOCHROME1, MONOCHROME2 or RGB")
+        raise _Refused("DICOM file has PALETTE COLOR pixels; a radiograph is MONOCHROME1, MONOCHROME2 or RGB")
     _check_pixel_count(int(dataset.Rows) * int(dataset.Columns))
 
 
@@ -134,7 +165,7 @@ def _windowed(values: np.ndarray, dataset: "Dataset") -> np.ndarray:
     from pydicom.pixels.processing import apply_voi_lut
 
     if not np.isfinite(values).all():
-        raise ValueError("image has values that are not finite")
+        raise _Refused("image has values that are not finite")
     if dataset.get("VOILUTSequence") or _has_window(dataset):
         shown = apply_voi_lut(values, dataset).astype(np.float32)
         low, high = shown.min(), shown.max()

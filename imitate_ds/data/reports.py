@@ -6,6 +6,7 @@ behaves like the parser behind most papers on MIMIC-CXR (github.com/MIT-LCP/mimi
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from imitate_ds.batch import is_missing
@@ -33,14 +34,19 @@ def parse_report(text: str, style: str = "tolerant") -> ParsedReport:
     raise ValueError(f"style = {style!r}: must be 'tolerant' or 'mit-lcp'")
 
 
-_KINDS = ("joint", "findings", "impression", "other", "view", "rule_line")
+_KINDS = ("joint", "findings", "impression", "other", "signature", "view", "rule_line")
 _AND = r"\s*(?:&|\band\b|[/,+])\s*"
 _OTHER = (
     r"end of impression|(?:final )?addendum|wet read|preliminary (?:report|read)|final report"
     r"|clinical (?:history|information|indications?|impression|findings?|data|details|statement)"
     r"|(?:type of )?exam(?:ination)?|study|procedure|technique|history|indications?(?: for [a-z]+)?"
     r"|reason for (?:the )?(?:exam(?:ination)?|study|visit)|comparisons?(?: (?:exam(?:ination)?|study|studies|films?))?"
-    r"|notifications?|recommendations?(?:\(s\))?|narrative|summary|accession number|signed by|dictated by"
+    r"|notifications?|recommendations?(?:\(s\))?|narrative|summary|accession number"
+).replace(" ", "[ ]")
+_SIGNATURE = (
+    r"(?:report )?(?:(?:electronically|digitally) signed|signed (?:electronically|digitally))"
+    r"|(?:(?:[a-z]+ and )?(?:signed|dictated|interpreted|transcribed|approved|verified) by"
+    r"|(?:[a-z]+ )?(?:attending|radiologist|physician|resident)(?: (?:physician|radiologist))?(?:\(s\))?)(?=[^\S\n]*:)"
 ).replace(" ", "[ ]")
 # Words that make a line in capitals the name of a projection, as in "CHEST 2 VIEWS:" or "PORTABLE AP FILM:"
 _PROJECTION = r"CHEST|VIEWS?|RADIOGRAPHS?|X-?RAYS?|PORTABLE|FILMS?|LATERAL|FRONTAL"
@@ -50,8 +56,9 @@ _HEADER = re.compile(
         (?P<joint> findings?{_AND}impressions? | impressions?{_AND}findings? )
       | (?P<findings> findings? )
       | (?P<impression> (?:final[ ])?impressions? (?:{_AND}(?:recommendations?|plan))? | conclusions? )
+      | (?P<signature> {_SIGNATURE} )
       | (?P<other> {_OTHER} )
-    ) [ \t]* (?:\([^()\n]{{1,40}}\)[ \t]*)? (?P<colon> : | $ )
+    ) (?(signature) | [ \t]* (?:\([^()\n]{{1,40}}\)[ \t]*)? (?P<colon> : | $ ) )
     | ^[ \t]*+ (?P<view> (?-i:
         (?!COMPARISON|HISTORY|INDICATION|TECHNIQUE|REASON) (?=[^:\n]{{0,80}}\b(?:{_PROJECTION})\b)
         [A-Z][A-Z0-9 ,()/&.'_-]{{2,79}} ) ) : (?!\d)
@@ -59,19 +66,26 @@ _HEADER = re.compile(
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
+_BOLD = re.compile(r"(?<!\*)\*\*(?!\*)")  # Markdown; three and more asterisks may be a blank of de-identification
 _FINAL_REPORT = re.compile(r"^[ \t]*FINAL REPORT[ \t]*:?[ \t]*$", re.MULTILINE)
 
 
 def _parse_tolerant(text: str) -> ParsedReport:
     # Before FINAL REPORT stand preliminary reads and addenda: they count only where nothing follows.
-    final = _read_sections(_FINAL_REPORT.split(text)[-1])
-    return final if final.rule != "no section" else _read_sections(text)
+    text = _BOLD.sub("", text)
+    last = _FINAL_REPORT.split(text)[-1]
+    final = _read_sections(last)
+    if final.rule != "no section" or any(kind != "signature" and _is_prose(body) for kind, body in _sections(last)):
+        return final
+    return _read_sections(text)
 
 
 def _read_sections(text: str) -> ParsedReport:
     """Of two sections with one name the last that is not empty wins."""
     found: dict[str, str] = {}
-    for kind, body in _sections(text):
+    for before, (kind, body) in pairwise([("", ""), *_sections(text)]):
+        if kind == "view" and before == ("impression", "") and _is_prose(body):
+            kind = "impression"
         if kind == "joint" and body:
             found |= {"findings": body, "impression": body, "joint header": body}
         elif body and (kind != "view" or _is_prose(body)):
@@ -87,28 +101,42 @@ def _read_sections(text: str) -> ParsedReport:
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
     """(kind, body) of each section, in the order of the text."""
-    kind, start = "", 0
+    opened, start = None, 0
     for match in _HEADER.finditer(text):
-        next_kind = next(name for name in _KINDS if match[name] is not None)
         body = _clean(text[start : match.start()])
+        if _is_header(text, match, opened, body):
+            yield _kind(opened), body
+            opened, start = match, match.end()
+    yield _kind(opened), _clean(text[start:])
+
+
+def _kind(header: re.Match[str] | None) -> str:
+    return next(name for name in _KINDS if header[name] is not None) if header else ""
+
+
+def _is_header(text: str, match: re.Match[str], opened: re.Match[str] | None, body: str) -> bool:
+    """Tell "IMPRESSION:" from "clinical impression: pneumonia" in a sentence, by where it stands and its capitals.
+
+    opened is the header of the section in which it stands, body the text between the two.
+    """
+    kind, within = _kind(match), _kind(opened)
+    if kind == "view":
         # "CHEST 2 VIEWS:" in the midst of the findings heads a paragraph of theirs, as "HEART:" does.
-        is_paragraph = next_kind == "view" and kind in ("findings", "joint") and body
-        if not is_paragraph and _is_header(text, match, next_kind):
-            yield kind, body
-            kind, start = next_kind, match.end()
-    yield kind, _clean(text[start:])
-
-
-def _is_header(text: str, match: re.Match[str], kind: str) -> bool:
-    """Tell "IMPRESSION:" from "clinical impression: pneumonia" in a sentence, by where it stands and its capitals."""
-    if kind in ("view", "rule_line"):
+        return not (within in ("findings", "joint") and body)
+    if kind == "rule_line":
         return True
     before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].rstrip()
+    if kind == "signature":
+        return not before or before[-1] in ".:;?!)" or "signed" in match[kind].lower()
     if not match["colon"]:
         return not before and match[kind][0].isupper()
-    if not before:
+    if not before or match[kind].isupper():
         return True
-    return match[kind].isupper() or (kind != "other" and before[-1] in ".:;?!)")
+    if kind == "findings" and within == "impression" and not body:  # "IMPRESSION: Findings: stable."
+        return False
+    if kind == "impression" and opened and within == "findings" and not opened[within].isupper():
+        return True  # "findings: clear impression: normal"
+    return kind != "other" and before[-1] in ".:;?!)"
 
 
 def _is_prose(body: str) -> bool:

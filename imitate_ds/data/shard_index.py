@@ -54,6 +54,7 @@ class ShardIndex:
     build_id: str
     labels: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
+    fingerprint: str = ""  # of what the build was made from; "" in folders of earlier versions
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -68,12 +69,15 @@ class ShardIndex:
 
 
 def sample_key(source: str, study_id: str, image_id: str) -> str:
-    """The public name of a sample: 16 hex characters from which no id can be read."""
+    """The name of a sample outside its tar: 16 hex characters, a pseudonym as group_hash makes them."""
     return _hash(source, study_id, image_id, size=8)
 
 
 def group_hash(source: str, identifier: str) -> str:
-    """The public name of a patient or a study, 12 hex characters: enough to group by."""
+    """The name of a patient or a study outside its tar: 12 hex characters, enough to group by.
+
+    A pseudonym, not an anonym: whoever knows what the ids look like can hash all of them and find the one it stands for.
+    """
     return _hash(source, identifier, size=6)
 
 
@@ -166,11 +170,15 @@ def _index(root: Path, values: dict) -> ShardIndex:
         build_id=values["build_id"],
         labels=tuple(values["labels"]),
         shards=tuple(_entry(shard) for shard in values["shards"]),
+        fingerprint=values.get("fingerprint", ""),
     )
 
 
 def _entry(values: dict) -> ShardEntry:
-    return ShardEntry(**{**values, "members": tuple(Member(*member) for member in values["members"])})
+    entry = ShardEntry(**{**values, "members": tuple(Member(*member) for member in values["members"])})
+    if type(entry.samples) is not int or type(entry.bytes) is not int:
+        raise TypeError("samples and bytes are whole numbers")
+    return entry
 
 
 def _why_no_index(root: Path) -> str:

@@ -58,11 +58,13 @@ def _recipe(where: str, values: dict[str, Any]) -> ShardRecipe:
         if name in values and type(values[name]) is not int:
             raise ValueError(f"{where}: {name} = {values[name]!r}: must be a whole number")
     root = values.get("root")
+    if not isinstance(root, str | Path | None):
+        raise ValueError(f"{where}: root = {root!r}: must be a path")
     return ShardRecipe(**{**values, "out": Path(values["out"]), "root": None if root is None else Path(root)})
 
 
 def _options(where: str, values: dict[str, Any]) -> dict[str, Any]:
     options = values.get("options") or {}
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"{where}: options = {options!r}: must be a mapping")
     return options

@@ -4,29 +4,31 @@ import io
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from imitate_ds.batch import is_missing
 from imitate_ds.data.radiographs import ContentBox, content_box, fit_square
 from imitate_ds.data.sources.base import RadiographRef, Study
 
 JPEG_QUALITY = 95
+SYNTHETIC = "synthetic phantom"  # a comment in every picture that is no real radiograph, wherever it goes alone
 
 
-def encode_sample(study: Study, image: RadiographRef, size: int) -> tuple[dict[str, bytes], dict]:
-    """The picture files of a sample by their suffix, and its JSON values except `synthetic`.
+def encode_sample(study: Study, image: RadiographRef, size: int, *, synthetic: bool) -> tuple[dict[str, bytes], dict]:
+    """The picture files of a sample by their suffix, and its JSON values.
 
     The radiograph is prepared as prepare_radiograph does; masks and boxes go with it into the same square. Raises
-    ValueError or OSError where the radiograph or a mask is damaged.
+    ValueError where the radiograph or a mask is damaged, and OSError where it cannot be read.
     """
     pixels = image.read()
     content = content_box(pixels)
-    files = {"jpg": _encoded(fit_square(pixels, content, size), "JPEG", quality=JPEG_QUALITY)}
+    files = {"jpg": _jpeg(fit_square(pixels, content, size), synthetic)}
     for name, read in study.masks.items():
         mask = read()
         if mask.shape != pixels.shape:
             raise ValueError("mask and radiograph differ in size")
-        files[f"{name}.mask.png"] = _encoded(fit_square(mask, content, size, nearest=True), "PNG")
-    return files, _meta(study, image, content, size)
+        files[f"{name}.mask.png"] = _png(fit_square(mask, content, size, nearest=True), synthetic)
+    return files, _meta(study, image, content, size) | {"synthetic": synthetic}
 
 
 def error_rule(error: Exception) -> str:
@@ -36,9 +38,19 @@ def error_rule(error: Exception) -> str:
     return str(error).partition(":")[0]
 
 
-def _encoded(pixels: np.ndarray, kind: str, **options: int) -> bytes:
+def _jpeg(pixels: np.ndarray, synthetic: bool) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    comment = SYNTHETIC.encode() if synthetic else b""
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, comment=comment)
+    return buffer.getvalue()
+
+
+def _png(pixels: np.ndarray, synthetic: bool) -> bytes:
+    buffer = io.BytesIO()
+    notes = PngInfo()
+    if synthetic:
+        notes.add_text("Comment", SYNTHETIC)
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=notes)
     return buffer.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Read every byte of a shard folder again and say what is wrong with it."""
 
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +20,21 @@ def verify_shards(root: Path) -> list[str]:
     problems: list[str] = []
     if index.build_id != build_id(index.shards):
         problems.append(f"{INDEX}: build_id does not belong to these shards")
+    problems += _torn_patients(index)
     for shard in index.shards:
         problems += [f"{shard.name}: {problem}" for problem in _shard_problems(index, shard)]
     if (root / TEXT_INDEX).is_file():
         problems += [problem for shard in index.shards for problem in _text_problems(root, shard)]
     return problems
+
+
+def _torn_patients(index: ShardIndex) -> list[str]:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for shard in index.shards:
+        for member in shard.members:
+            splits[member.patient].add(shard.split)
+    torn = sum(len(found) > 1 for found in splits.values())
+    return [f"{INDEX}: {torn} of {len(splits)} patients are in more than one split; build again"] if torn else []
 
 
 def _shard_problems(index: ShardIndex, shard: ShardEntry) -> Iterator[str]:
@@ -37,7 +48,16 @@ def _shard_problems(index: ShardIndex, shard: ShardEntry) -> Iterator[str]:
         if meta.get("split") != shard.split:
             yield f"sample {member.key}: is of another split than its shard"
         if problem := _image_problem(image, index.image_size):
-            yield f"sample {member.key}: {problem}"
+            yield f"sample {member.key}: radiograph {problem}"
+    yield from _mask_problems(index.root / shard.name, index.image_size)
+
+
+def _mask_problems(path: Path, size: int) -> Iterator[str]:
+    with tarfile.open(path) as tar:
+        for info in tar:
+            file = tar.extractfile(info) if info.name.endswith(".mask.png") else None
+            if file and (problem := _image_problem(file.read(), size)):
+                yield f"mask {info.name}: {problem}"
 
 
 def _misplaced(path: Path, shard: ShardEntry) -> Iterator[str]:
@@ -54,8 +74,8 @@ def _image_problem(data: bytes, size: int) -> str:
     try:
         shape = decode_radiograph(data).shape
     except (ValueError, OSError) as error:
-        return f"radiograph cannot be decoded: {error_rule(error)}"
-    return "" if shape == (size, size) else f"radiograph is {shape[0]} x {shape[1]}, not {size} x {size}"
+        return f"cannot be decoded: {error_rule(error)}"
+    return "" if shape == (size, size) else f"is {shape[0]} x {shape[1]}, not {size} x {size}"
 
 
 def _text_problems(root: Path, shard: ShardEntry) -> list[str]:

@@ -5,6 +5,7 @@ index, and its notes tell the next one which tars are done; with `part` several 
 whoever finishes last writes the index. Every tar is the same bytes whoever writes it.
 """
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from PIL import UnidentifiedImageError
 from webdataset.writer import TarWriter
 
 from imitate_ds.data.progress import shown
@@ -64,6 +66,7 @@ log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 UNREADABLE = "no readable frontal radiograph"
+NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # as where the image's name is blank
 
 
 def build_shards(
@@ -79,12 +82,31 @@ def build_shards(
     """Write a source as tar shards into out, and return the report of what was kept and dropped.
 
     part = (I, N) writes every N-th shard, counted from I in 0..N-1; run all parts with equal arguments into one folder.
-    workers = 0 writes in this process. Raises ValueError for a source that cannot be split cleanly, or an out that
-    holds something else.
+    workers = 0 writes in this process. Where out holds the finished build of the same data, nothing is written. Raises
+    ValueError for a source that cannot be split cleanly, or an out that holds something else, and OSError where the
+    disk fails.
     """
-    _check_arguments(out, image_size, workers, part, samples_per_shard)
+    _check_arguments(image_size, workers, part, samples_per_shard)
     layout = plan_layout(source, image_size=image_size, samples_per_shard=samples_per_shard)
-    _open_notes(out, source, layout, image_size)
+    if (out / INDEX).is_file():
+        return _finished_report(out, layout)
+    try:
+        _open_notes(out, source, layout, image_size)
+        return _build_part(out, layout, part, workers, progress)
+    except FileNotFoundError:
+        # A job that was queued again meets the other parts as they finish the build and clear the notes away.
+        if (out / INDEX).is_file():
+            return _finished_report(out, layout)
+        raise
+
+
+def _finished_report(out: Path, layout: Layout) -> dict:
+    if load_index(out).fingerprint != layout.fingerprint:
+        raise ValueError(f"out = {out}: holds finished shards of other data or options; choose another folder")
+    return load_report(out)
+
+
+def _build_part(out: Path, layout: Layout, part: tuple[int, int], workers: int, progress: bool) -> dict:
     todo = [task for task in layout.tasks[part[0] :: part[1]] if not _is_done(out, task.name)]
     for note in shown(_run(todo, out, workers), len(todo), "building shards", progress):
         for key, rule in note["unreadable"].items():
@@ -109,30 +131,31 @@ def merge_parts(out: Path) -> dict:
             return load_report(out)
         raise FileNotFoundError(f"{out}: no unfinished build here; start one with 'imitate-ds shards build'") from None
     if len(notes) < len(plan["shards"]):
+        if (out / INDEX).is_file():
+            return load_report(out)
         rest = len(plan["shards"]) - len(notes)
         raise ValueError(f"{out}: {rest} of {len(plan['shards'])} shards are not built; run the parts that are missing")
     report = _report(plan["report"], notes)
     if not report["kept"]:
-        shutil.rmtree(out / BUILDING)
+        shutil.rmtree(out / BUILDING, ignore_errors=True)
         raise ValueError(
             f"source {plan['header']['source']}: not one radiograph was usable: {report['dropped_images']}"
         )
-    _write_index(out, plan["header"], notes, report)
+    _write_index(out, plan, notes, report)
     shutil.rmtree(out / BUILDING, ignore_errors=True)  # another part may be doing the same
     return report
 
 
-def _write_index(out: Path, header: dict, notes: list[dict], report: dict) -> None:
+def _write_index(out: Path, plan: dict, notes: list[dict], report: dict) -> None:
     shards = [note["shard"] for note in notes if note["shard"]]
     labels = sorted({label for note in notes for label in note["labels"]})
     identity = build_id(tuple(ShardEntry(**shard) for shard in shards))
-    values = {"format": FORMAT, **header, "build_id": identity, "labels": labels, "shards": shards, "report": report}
+    values = {"format": FORMAT, **plan["header"], "build_id": identity, "fingerprint": plan["fingerprint"]}
+    values |= {"labels": labels, "shards": shards, "report": report}
     write_atomic(out / INDEX, json.dumps(values).encode())
 
 
-def _check_arguments(out: Path, image_size: int, workers: int, part: tuple[int, int], samples_per_shard: int) -> None:
-    if (out / INDEX).exists():
-        raise ValueError(f"out = {out}: holds finished shards; delete the folder, or choose another")
+def _check_arguments(image_size: int, workers: int, part: tuple[int, int], samples_per_shard: int) -> None:
     if image_size < 16 or samples_per_shard < 1 or workers < 0:
         raise ValueError(
             f"image_size = {image_size}, samples_per_shard = {samples_per_shard}, workers = {workers}: "
@@ -152,6 +175,8 @@ def _open_notes(out: Path, source: Source, layout: Layout, image_size: int) -> N
                 f"out = {out}: holds an unfinished build of other data or options; delete it, or finish that"
             )
         return
+    if (out / INDEX).is_file():
+        raise FileNotFoundError(f"{notes}: another part finished the build just now and cleared its notes away")
     if tars:
         raise ValueError(f"out = {out}: holds {len(tars)} tars without an index; choose an empty folder")
     notes.mkdir(parents=True, exist_ok=True)
@@ -205,11 +230,13 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
             for study, image in frontal_pairs(task.studies):
                 key = sample_key(task.source, study.study_id, image.image_id)
                 try:
-                    files, meta = encode_sample(study, image, task.image_size)
-                except (ValueError, OSError) as error:
+                    files, meta = encode_sample(study, image, task.image_size, synthetic=task.synthetic)
+                except (ValueError, *NOT_THERE, UnidentifiedImageError) as error:
                     unreadable[key] = error_rule(error)
                     continue
-                meta["synthetic"] = task.synthetic
+                except OSError as error:  # of the disk, not of the image: it may be whole
+                    reason = f"sample {key}: {error.strerror or 'cannot be read'}; run the build again once it can be"
+                    raise OSError(error.errno or errno.EIO, reason) from None
                 metas.append(meta)
                 tar.write({"__key__": key, "json": json.dumps(meta, sort_keys=True).encode(), **files})
         file.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from imitate_ds.data.shard_index import ShardEntry, ShardIndex, load_index, read
 FORMAT = "imitate_ds.text/1"
 TEXT_INDEX = "text.json"
 ENCODER_FOLDER = "text_encoder"
+ENCODER_FILE = "imitate_text_encoder.json"  # in that folder, as models.text_encoder writes it
+INFO = {"kind": str, "encoder": str, "width": int, "build_id": str}  # what text.json holds
 AGAIN = "run 'imitate-ds shards embed'"
 
 
@@ -53,7 +55,7 @@ class TextCache(NamedTuple):
 
 
 def fit_texts(root: Path) -> list[str]:
-    """Every section of the training reports, once per study: what a text encoder may be fitted on."""
+    """Every section of the training reports, each study's once: what a text encoder may be fitted on."""
     index = load_index(root)
     texts = {member.study: (meta["findings"], meta["impression"]) for member, _, meta in read_samples(index, "train")}
     return [text for sections in texts.values() for text in sections if not is_missing(text)]
@@ -69,36 +71,70 @@ def embed_shards(root: Path, encoder: Encoder, batch_size: int = 64, *, progress
         _embed_shard(index, shard, encoder, batch_size)
     _save_encoder(encoder, root / ENCODER_FOLDER)
     values = {"format": FORMAT, "kind": encoder.kind, "encoder": encoder.fingerprint, "width": encoder.width}
-    values["build_id"] = index.build_id
+    values |= {"build_id": index.build_id, "synthetic": index.synthetic}
     write_atomic(root / TEXT_INDEX, json.dumps(values).encode())
     return values
 
 
 def load_text_cache(root: Path, shard: ShardEntry) -> TextCache:
-    """The embeddings of one shard. Raises where there are none, or where they are of another encoder or build."""
-    info = text_info(root)
+    """The embeddings of one shard, mapped from their file.
+
+    Raises FileNotFoundError where there are none, ValueError where they are damaged, or of another encoder or build.
+    """
+    info = _read_info(root)
     path = root / shard.text_name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no text embeddings; {AGAIN}")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT or metadata.get("shard_sha256") != shard.sha256:
-            raise ValueError(f"{path}: embeddings of another build of the shards; {AGAIN}")
-        if metadata.get("encoder") != info["encoder"]:
-            raise ValueError(f"{path}: embeddings of another encoder than {TEXT_INDEX} names; {AGAIN}")
-        tensors = {name: file.get_tensor(name) for name in TextCache._fields}
-    shapes = {tuple(tensors[name].shape) for name in ("findings", "impression", "report")}
-    if shapes != {(shard.samples, info["width"])}:
+    metadata, cache = _read_sidecar(path)
+    if metadata.get("format") != FORMAT or metadata.get("shard_sha256") != shard.sha256:
+        raise ValueError(f"{path}: embeddings of another build of the shards; {AGAIN}")
+    if metadata.get("encoder") != info["encoder"]:
+        raise ValueError(f"{path}: embeddings of another encoder than {TEXT_INDEX} names; {AGAIN}")
+    shapes = [tuple(tensor.shape) for tensor in cache]
+    if shapes != 3 * [(shard.samples, info["width"])] + 2 * [(shard.samples,)]:
         raise ValueError(f"{path}: embeddings of shape {shapes}, not {shard.samples} x {info['width']}; {AGAIN}")
-    has = {name: tensors[name].bool() for name in ("has_findings", "has_impression")}
-    return TextCache(**{**tensors, **has})
+    return cache
 
 
-def text_info(root: Path) -> dict:
+def text_info(root: Path, index: ShardIndex | None = None) -> dict:
     """What text.json says: kind and fingerprint of the encoder, its width, and the build it embedded.
 
-    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build.
+    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build than the index names
+    (read here unless it is given).
     """
+    values = _read_info(root)
+    if values["build_id"] != (index or load_index(root)).build_id:
+        raise ValueError(f"{root / TEXT_INDEX}: embeddings of another build of the shards; {AGAIN}")
+    return values
+
+
+def text_width(root: Path) -> int:
+    """E, the width of the embeddings of a shard folder."""
+    return text_info(root)["width"]
+
+
+def verify_text(root: Path, index: ShardIndex) -> list[str]:
+    """One line per problem of the embeddings; an empty list where all is well, or where nothing was embedded yet."""
+    sidecars = [shard.text_name for shard in index.shards if (root / shard.text_name).is_file()]
+    if not (root / TEXT_INDEX).is_file():
+        unfinished = f"{root}: {len(sidecars)} text sidecars, but no {TEXT_INDEX}: unfinished; {AGAIN}"
+        return [unfinished] if sidecars else []
+    try:
+        info = text_info(root, index)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if _saved_fingerprint(root / ENCODER_FOLDER) != info["encoder"]:
+        problems.append(f"{root / ENCODER_FOLDER}: missing, or another encoder than {TEXT_INDEX} names; {AGAIN}")
+    for shard in index.shards:
+        try:
+            load_text_cache(root, shard)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _read_info(root: Path) -> dict:
     path = root / TEXT_INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{root}: no {TEXT_INDEX}, so no text embeddings; {AGAIN}")
@@ -106,14 +142,29 @@ def text_info(root: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{path}: not valid JSON; {AGAIN}") from None
-    if values.get("format") != FORMAT:
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}; {AGAIN}")
+    if wrong := [name for name, kind in INFO.items() if not isinstance(values.get(name), kind)]:
+        raise ValueError(f"{path}: lacks {', '.join(wrong)}; {AGAIN}")
     return values
 
 
-def text_width(root: Path) -> int:
-    """E, the width of the embeddings of a shard folder."""
-    return text_info(root)["width"]
+def _read_sidecar(path: Path) -> tuple[dict[str, str], TextCache]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in TextCache._fields}
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        raise ValueError(f"{path}: damaged; {AGAIN}") from None
+    has = {name: tensors[name].bool() for name in ("has_findings", "has_impression")}
+    return metadata, TextCache(**{**tensors, **has})
+
+
+def _saved_fingerprint(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_size: int) -> None:
@@ -126,6 +177,7 @@ def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_s
     for name in ("findings", "impression"):
         tensors[f"has_{name}"] = torch.tensor([bool(text) for text in sections[name]])
     metadata = {"format": FORMAT, "encoder": encoder.fingerprint, "shard_sha256": shard.sha256}
+    metadata["synthetic"] = str(index.synthetic).lower()
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     write_atomic(index.root / shard.text_name, data)
 

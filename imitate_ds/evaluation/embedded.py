@@ -6,7 +6,8 @@ Texts are read to tell which ones are duplicates, and go no further than this mo
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +45,11 @@ class SplitRecords:
 
     def has(self, name: Literal["findings", "impression"]) -> np.ndarray:
         return np.array([bool(text) for text in self.texts(name)], dtype=bool)
+
+    def with_labels(self, names: Sequence[str]) -> "SplitRecords":
+        """The same samples with some of the labels only."""
+        columns = [self.index.labels.index(name) for name in names]
+        return replace(self, index=replace(self.index, labels=tuple(names)), labels=self.labels[:, columns])
 
     def describe(self) -> dict:
         """What a result file says about the data: enough to tell whether two results are of the same samples."""
@@ -126,7 +132,7 @@ def duplicate_groups(texts: list[str]) -> np.ndarray:
 
 def _cache_fits(model: PretrainedImitate, index: ShardIndex) -> bool:
     try:
-        return text_info(index.root)["encoder"] == model.text_encoder.fingerprint
+        return text_info(index.root, index)["encoder"] == model.text_encoder.fingerprint
     except FileNotFoundError:  # never embedded
         return False
 

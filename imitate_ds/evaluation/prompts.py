@@ -32,6 +32,10 @@ PROMPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Emphysema.", "Hyperexpanded lungs with flattened diaphragms, consistent with emphysema."),
         ("No emphysema.", "Lung volumes are normal."),
     ),
+    "enlarged cardiomediastinum": (
+        ("Enlarged cardiomediastinum.", "The mediastinum is widened.", "The cardiomediastinal silhouette is enlarged."),
+        ("The cardiomediastinal silhouette is normal.", "The mediastinal contours are within normal limits."),
+    ),
     "fracture": (
         ("Fracture.", "There is a rib fracture."),
         ("No fracture.", "No acute bony abnormality.", "The bony structures are intact."),
@@ -43,6 +47,10 @@ PROMPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nodule": (
         ("Nodule.", "Pulmonary nodule.", "There is a nodule in the lung."),
         ("No nodule.", "No pulmonary nodule or mass.", "The lungs are clear."),
+    ),
+    "lung lesion": (
+        ("Lung lesion.", "There is a nodule in the lung.", "There is a mass in the lung."),
+        ("No lung lesion.", "No pulmonary nodule or mass."),
     ),
     "mass": (
         ("Mass.", "There is a mass in the lung."),
@@ -81,11 +89,22 @@ ALIASES = {
 }
 
 
+# labels that no wording affirms: whatever is left over
+NO_WORDING = frozenset({"pleural other"})
+
+
 def prompts_for(labels: Iterable[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For each label, texts that affirm and texts that deny it; "X." and "No X." where we have no better wording."""
-    return {label: _prompts(label) for label in labels}
+    """For each label, texts that affirm and texts that deny it; "X." and "No X." where we have no better wording.
+
+    Labels of NO_WORDING are left out.
+    """
+    return {label: _prompts(label) for label in labels if _words(label) not in NO_WORDING}
+
+
+def _words(label: str) -> str:
+    return label.replace("_", " ").strip().lower()
 
 
 def _prompts(label: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    words = label.replace("_", " ").strip().lower()
+    words = _words(label)
     return PROMPTS.get(ALIASES.get(words, words)) or ((f"{words.capitalize()}.",), (f"No {words}.",))

@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from imitate_ds.data.shard_index import write_atomic
+
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
 RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
 MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
@@ -38,15 +40,24 @@ small {{ color: #59636e }} img {{ max-width: 100% }} pre {{ white-space: pre-wra
 """
 
 
+def open_out(out: Path) -> None:
+    """Make the folder for results, before the work. Raises ValueError where what is there is not ours."""
+    if out.is_file():
+        raise ValueError(f"--out {out}: is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    load_results(out)
+
+
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """Put one task's result into out/results.json, in the place of an older one, and draw report.html anew.
 
     Raises ValueError where results.json is there but is not ours.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    open_out(out)
     others = [old for old in load_results(out) if old["task"] != result["task"]]
     results = sorted([*others, result], key=lambda one: one["task"])
-    _replace(out / RESULTS, json.dumps({"results": results}, indent=1, allow_nan=False) + "\n")
+    text = json.dumps({"results": results}, indent=1, allow_nan=False) + "\n"
+    write_atomic(out / RESULTS, text.encode())
     write_report(out)
 
 
@@ -79,7 +90,7 @@ def write_report(out: Path, run_dir: Path | None = None) -> Path:
         )
     title = f"imitate_ds: {escape(out.resolve().name)}"
     path = out / REPORT
-    _replace(path, PAGE.format(title=title, flag=flag, body="\n".join(parts)))
+    write_atomic(path, PAGE.format(title=title, flag=flag, body="\n".join(parts)).encode())
     return path
 
 
@@ -115,8 +126,8 @@ def _retrieval_table(metrics: dict[str, dict]) -> str:
     ]
     note = (
         "<p><small>R@k: the right report or radiograph is among the first k. P@k: share of the first k that have a class "
-        "of the query, mean over classes. Chance: a random order. Blind: the best answer that is the same for every "
-        "query.</small></p>"
+        "of the query, mean over classes; duplicate texts stay separate candidates there. Chance: a random order. Blind: "
+        "the best answer that is the same for every query.</small></p>"
     )
     return _table(["level / direction", *columns], body) + note
 
@@ -269,10 +280,3 @@ def _axes(chart: Figure, rows: int, columns: int) -> Iterable[Axes]:
     for axes in grid:
         axes.set_visible(False)
     return grid
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

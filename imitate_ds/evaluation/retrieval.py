@@ -1,7 +1,8 @@
 """Retrieval at one level: reports for a radiograph, radiographs for a report.
 
-Recall is by pair, with duplicate texts as one; precision is by class, as GLoRIA measures it ("GLoRIA: A Multimodal
-Global-Local Representation Learning Framework for Label-efficient Medical Image Recognition", Huang et al., 2021).
+Recall is by pair, with texts of one group as one; precision is by class, every text for itself, as GLoRIA measures it
+("GLoRIA: A Multimodal Global-Local Representation Learning Framework for Label-efficient Medical Image Recognition",
+Huang et al., 2021).
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from imitate_ds.metrics import (
     Figures,
+    Ties,
     blind_recall_at_k,
     bootstrap_by_patient,
     chance_recall_at_k,
@@ -47,12 +49,15 @@ class Search(NamedTuple):
     asked_by: np.ndarray  # [n]: the query that each sample asks
 
 
-def score_pairs(pairs: Pairs) -> tuple[Figures, dict[str, Any]]:
-    """R@k and P@k in both directions with intervals by patient, chance and blind levels; and curves of R@k over k."""
+def score_pairs(pairs: Pairs, ties: Ties = "against") -> tuple[Figures, dict[str, Any]]:
+    """R@k and P@k in both directions with intervals by patient, chance and blind levels; and curves of R@k over k.
+
+    ties: which of equally similar candidates R@k puts first, see positive_ranks; P@k always goes by index.
+    """
     figures: Figures = {}
     curves: dict[str, Any] = {}
     for direction, search in _searches(pairs).items():
-        recalls, curve = _recalls(search, pairs.patients)
+        recalls, curve = _recalls(search, pairs.patients, ties)
         figures |= {f"{direction}_{name}": value for name, value in recalls.items()}
         curves[direction] = curve
         sides = (pairs.images, pairs.texts) if direction == "image_to_text" else (pairs.texts, pairs.images)
@@ -72,8 +77,8 @@ def _searches(pairs: Pairs) -> dict[str, Search]:
     }
 
 
-def _recalls(search: Search, patients: np.ndarray) -> tuple[Figures, dict[str, Any]]:
-    ranks = _ranks(search).numpy()
+def _recalls(search: Search, patients: np.ndarray, ties: Ties) -> tuple[Figures, dict[str, Any]]:
+    ranks = _ranks(search, ties).numpy()
     right = search.candidate_groups.bincount()[search.query_groups].numpy()
     asked, candidates, n = search.query_groups.numpy(), len(search.candidates), len(ranks)
     # a text that several samples share is one query: in a draw of patients it weighs by the mean over its samples
@@ -94,9 +99,9 @@ def _recalls(search: Search, patients: np.ndarray) -> tuple[Figures, dict[str, A
     return figures, {"k": ks, **{name: [round(float(v), 6) for v in values] for name, values in curve.items()}}
 
 
-def _ranks(search: Search) -> Tensor:
+def _ranks(search: Search, ties: Ties) -> Tensor:
     parts = [
-        positive_ranks(rows.double() @ search.candidates.double().T, groups, search.candidate_groups)
+        positive_ranks(rows.double() @ search.candidates.double().T, groups, search.candidate_groups, ties=ties)
         for rows, groups in zip(search.queries.split(CHUNK), search.query_groups.split(CHUNK), strict=True)
     ]
     return torch.cat(parts)
@@ -105,8 +110,9 @@ def _ranks(search: Search) -> Tensor:
 def _precisions(queries: Tensor, candidates: Tensor, labels: np.ndarray, patients: np.ndarray) -> Figures:
     """P@k: of the k samples found, the share with a class that the query has; mean over its queries, then over classes.
 
-    Every sample is a query and a candidate, duplicates too. Chance is the mean share of samples that have a class; a
-    blind answer, the same for every query, does best with the samples that have the most classes.
+    Every sample is a query and a candidate: duplicate texts stay separate, under either protocol. Chance is the mean
+    share of samples that have a class; a blind answer, the same for every query, does best with the samples that have
+    the most classes.
     """
     present = torch.from_numpy(labels == 1)
     if not present.any():

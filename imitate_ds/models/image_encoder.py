@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -10,11 +10,20 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.format import Format
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from imitate_ds.config import ModelConfig
 
 UnpicklingError = torch.serialization.pickle.UnpicklingError  # pyright: ignore[reportPrivateImportUsage]
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def synchronise_batch_norm(model: Model) -> Model:
+    """Every BatchNorm over all ranks (CUDA). timm's own conversion: torch's drops the activations fused into timm's."""
+    return convert_sync_batchnorm(model)  # type: ignore[return-value]
 
 
 class ImageEncoder(nn.Module):

@@ -94,6 +94,9 @@ class ImitateModel(nn.Module):
         A missing section is a row of zeros, which would distort the statistics of a BatchNorm; the study's other
         section stands in. The objective masks such rows, so nothing is ever aligned with them.
         """
+        if self.findings_branch is None:  # nothing is aligned with the findings: they must not shape the statistics
+            text = self.encode_text(batch.impression)
+            return text, text
         has_impression, has_findings = batch.has_impression[:, None], batch.has_findings[:, None]
         impression = torch.where(has_impression, batch.impression, batch.findings)
         findings = torch.where(has_findings, batch.findings, batch.impression)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -51,9 +52,11 @@ class LsaEncoder:
 
     @classmethod
     def fit(cls, texts: Sequence[str], dim: int = 256, seed: int = 0) -> "LsaEncoder":
-        """Fit on report sections, each a document. `width` is dim, or less where the texts have fewer directions.
+        """Fit on report sections, each a document; a text that is given twice counts twice.
 
-        Raises ValueError where fewer than two different texts, or no words, are given.
+        `width` is dim, or the number of texts or of terms where that is smaller. A term is a word or a pair of words; from
+        100 texts on, one that occurs in at least two of them. Raises ValueError where dim < 2, where fewer than two
+        different texts are given, and where they hold no words, or fewer than two terms.
         """
         if dim < 2:
             raise ValueError(f"dim = {dim}: must be at least 2")
@@ -71,8 +74,18 @@ class LsaEncoder:
 
     @classmethod
     def load(cls, folder: Path) -> "LsaEncoder":
-        tensors = load_file(folder / "lsa.safetensors")
-        return cls(json.loads((folder / "terms.json").read_text(encoding="utf-8")), **tensors)
+        """Read what `save` wrote. Raises ValueError where a file is missing, damaged, or of another encoder."""
+        again = "copy it again, or run 'imitate-ds shards embed'"
+        try:
+            tensors = load_file(folder / "lsa.safetensors")
+            terms = json.loads((folder / "terms.json").read_text(encoding="utf-8"))
+            encoder = cls(terms, tensors["idf"], tensors["components"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            name = type(error).__name__  # its message may hold words of reports
+            raise ValueError(f"{folder}: text encoder with missing or damaged files ({name}); {again}") from None
+        if encoder.fingerprint != describe_text_encoder(folder).get("fingerprint"):
+            raise ValueError(f"{folder}: text encoder with files that do not belong together; {again}")
+        return encoder
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """float32 [n, E]; a missing text is a zero row."""
@@ -115,6 +128,8 @@ class HuggingFaceEncoder:
             model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
         except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer, or of an unknown model type
             raise FileNotFoundError(_how_to_get(name_or_folder)) from error
+        except SafetensorError as error:
+            raise ValueError(f"text encoder = {name_or_folder!r}: damaged weights ({error}); copy it again") from error
         if (
             2 * len(tokenizer) < model.config.vocab_size
         ):  # transformers makes up 5 tokens where the vocabulary is missing
@@ -154,15 +169,28 @@ def load_text_encoder(name_or_folder: str) -> TextEncoder:
     if name_or_folder == LsaEncoder.kind:
         raise ValueError("text encoder = 'lsa': is fitted on the training reports; use 'imitate-ds shards embed'")
     folder = Path(name_or_folder)
-    description = folder / DESCRIPTION
-    if not description.is_file():
+    about = describe_text_encoder(folder)
+    if not about:
         return HuggingFaceEncoder.load(name_or_folder)
-    values: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
-    if values.get("kind") == LsaEncoder.kind:
+    if about.get("kind") == LsaEncoder.kind:
         return LsaEncoder.load(folder)
-    if values.get("kind") == HuggingFaceEncoder.kind:
-        return HuggingFaceEncoder.load(name_or_folder, values["max_tokens"])
-    raise ValueError(f"{description}: kind = {values.get('kind')!r}: must be 'lsa' or 'huggingface'")
+    if about.get("kind") == HuggingFaceEncoder.kind:
+        return HuggingFaceEncoder.load(name_or_folder, about.get("max_tokens", MAX_TOKENS))
+    raise ValueError(f"{folder / DESCRIPTION}: kind = {about.get('kind')!r}: must be 'lsa' or 'huggingface'")
+
+
+def describe_text_encoder(folder: Path) -> dict[str, Any]:
+    """What `save` noted in a folder: kind, width, fingerprint; empty where it wrote nothing there."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}: not a JSON object; copy the folder again, or run 'imitate-ds shards embed'")
+    return about
 
 
 def _vectorizer(**options: Any) -> TfidfVectorizer:

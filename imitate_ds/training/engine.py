@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +17,16 @@ from imitate_ds.config import OptimConfig, TrainConfig
 from imitate_ds.distributed import mean_over_ranks, training_device, world
 
 # Kernels that DeepSpeed compiles lie on a node-local disk, one folder per version: a stale lock on a shared one hangs
-# every rank for ever. Set before the import reads it.
-os.environ.setdefault(
-    "TORCH_EXTENSIONS_DIR",
-    str(Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version('torch')}-{version('deepspeed')}"),
-)
+# every rank for ever, and so does one that a killed compilation left here. Set before the import reads it.
+_KERNELS = Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version('torch')}-{version('deepspeed')}"
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(_KERNELS)
+    for _lock in _KERNELS.glob("**/lock"):
+        if time.time() - _lock.stat().st_mtime > 15 * 60:  # no compilation takes that long
+            shutil.rmtree(_lock.parent, ignore_errors=True)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed
+import deepspeed  # noqa: E402  # reads the environment that was set above
 
 # DeepSpeed 0.19.8 calls a collective by a name that torch 2.14 warns of, once per rank.
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*", category=FutureWarning)
@@ -33,13 +37,10 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # configuration (batch size, precision, clipping, optimizer) belongs to the run file.
 DEEPSPEED_KEYS = {
     "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
     "communication_data_type",
     "comms_logger",
     "flops_profiler",
     "wall_clock_breakdown",
-    "prescale_gradients",
     "aio",
 }
 
@@ -49,7 +50,8 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError naming `train.deepspeed` and what to do.
     """
-    folders = [Path("ds_configs"), Path(__file__).resolve().parents[2] / "ds_configs"]
+    here = Path(__file__).resolve()
+    folders = [here.parents[2] / "ds_configs", here.parents[1] / "ds_configs"]  # a checkout; an installed package
     candidates = [Path(name), *(folder / f"{name}.json" for folder in folders)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
@@ -78,8 +80,14 @@ def deepspeed_config(train: TrainConfig, optim: OptimConfig, *, has_batch_norm: 
     BatchNorm keeps float32 statistics, which DeepSpeed's bf16 block does not respect; models that have one train under
     autocast instead (checked at ZeRO 0 to 3).
     """
+    ds_json = load_deepspeed_json(train.deepspeed)
+    if train.precision == "fp16" and has_batch_norm and zero_stage(ds_json) > 0:
+        raise ValueError(
+            f"train.precision = 'fp16': a model with BatchNorm needs fp16 autocast, whose loss scale DeepSpeed gets wrong "
+            f"at ZeRO {zero_stage(ds_json)}; use train.deepspeed: zero0, or train.precision: bf16"
+        )
     config = {
-        **load_deepspeed_json(train.deepspeed),
+        **ds_json,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip,  # DeepSpeed clips at 1.0 when the key is absent
@@ -108,15 +116,19 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, on_cuda: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, on_cuda: bool, offloaded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW or LAMB over the parameter groups; `auto` is DeepSpeed's FusedAdam on CUDA, torch's fused AdamW elsewhere."""
     groups = parameter_groups(model, optim)
     name = optim.name
     if name == "auto":
-        name = "fused_adam" if on_cuda else "adamw"
+        name = "fused_adam" if on_cuda and not offloaded else "adamw"
     if name.startswith("apex") or name == "fused_adam":
         if not on_cuda:
             raise ValueError(f"optim.name = {name!r}: needs a CUDA device; use adamw, or auto")
+        if offloaded:
+            raise ValueError(f"optim.name = {name!r}: cannot step parameters that lie on the CPU; use adamw, or auto")
         if name == "fused_adam":
             return deepspeed.ops.adam.FusedAdam(groups, lr=optim.lr, betas=optim.betas, adam_w_mode=True)
         apex = _import_apex(name)
@@ -142,7 +154,11 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def batch_norm_policy(train: TrainConfig, device: torch.device) -> str:
-    """Resolve `auto` and refuse what the device cannot do."""
+    """Resolve `auto` and refuse what the device cannot do.
+
+    sync: statistics over all ranks (the model must be converted). mean: each rank its own, averaged by
+    average_batch_norm_statistics before they are used or saved. freeze: they stay as they are.
+    """
     on_cuda = device.type == "cuda"
     if train.batch_norm == "sync" and not on_cuda:
         raise ValueError(
@@ -151,16 +167,11 @@ def batch_norm_policy(train: TrainConfig, device: torch.device) -> str:
     return ("sync" if on_cuda else "mean") if train.batch_norm == "auto" else train.batch_norm
 
 
-def apply_batch_norm_policy(model: nn.Module, policy: str) -> nn.Module:
-    """sync: statistics over all ranks. mean: each rank its own, averaged by average_batch_norm_statistics.
-    freeze: statistics and affine parameters stay as they are."""
-    if policy == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if policy == "freeze":
-        for module in model.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.requires_grad_(False)
-    return model
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Statistics and affine parameters stay as they are (with set_training_mode)."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.requires_grad_(False)
 
 
 def set_training_mode(model: nn.Module, policy: str) -> None:
@@ -185,15 +196,16 @@ def average_batch_norm_statistics(model: nn.Module) -> None:
 def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> Any:
     """Hand the model to DeepSpeed. What must not train has to be frozen before this: afterwards weights still move."""
     device = training_device()
-    model = apply_batch_norm_policy(model, batch_norm_policy(train, device)).to(device)
+    if batch_norm_policy(train, device) == "freeze":
+        freeze_batch_norm(model)
+    model = model.to(device)
     if device.type == "cpu":
         # Its shared-memory all-reduce takes 20 to 110 s to compile, needs g++ and can hang on a lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, optim, on_cuda=device.type == "cuda"),
-        config=deepspeed_config(train, optim, has_batch_norm=has_batch_norm(model)),
-    )
+    config = deepspeed_config(train, optim, has_batch_norm=has_batch_norm(model))
+    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
+    optimizer = build_optimizer(model, optim, on_cuda=device.type == "cuda", offloaded=offloaded)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
@@ -203,12 +215,24 @@ def take_step(engine: Any) -> Tensor | float:
         engine.step()
         norm = engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
-    # Without ZeRO DeepSpeed does not tell the norm, and step() clears the gradients.
+    # Without ZeRO DeepSpeed tells the norm in its fp16 and bf16 blocks only, and step() clears the gradients.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
     scaler = engine.torch_autocast_z0_gradscaler
+    norm = torch.nn.utils.get_total_norm(gradients) / (scaler.get_scale() if scaler else 1.0)
     engine.step()
-    return norm / scaler.get_scale() if scaler else norm
+    known = engine.get_global_grad_norm()
+    return norm if known is None else known
+
+
+def loss_scale_state(engine: Any) -> dict[str, Any]:
+    """The loss scale of fp16 autocast without ZeRO, which DeepSpeed does not save; empty elsewhere."""
+    scaler = engine.torch_autocast_z0_gradscaler
+    return scaler.state_dict() if scaler else {}
+
+
+def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
+    if state:
+        engine.torch_autocast_z0_gradscaler.load_state_dict(state)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

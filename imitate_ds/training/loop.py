@@ -1,6 +1,5 @@
 """The loop, once, for pre-training and fine-tuning: it knows batches, steps and an engine, not what is learned."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -37,8 +36,10 @@ class LoopSettings(NamedTuple):
     seed: int
     total_steps: int
     batch_norm: str  # resolved policy
+    skips_overflow: bool  # fp16: the step of an infinite gradient is skipped, so such a norm is no reason to stop
     log_every: int
     images_every: int
+    pauses_at: Callable[[int], bool]  # after how many steps `pause` is called
 
 
 def train_steps(
@@ -48,15 +49,17 @@ def train_steps(
     learning_rate: Callable[[int], float],
     monitor: Monitor,
     settings: LoopSettings,
-    after_step: Callable[[int], None],
+    pause: Callable[[int], None],
 ) -> None:
-    """Run one optimizer step for every batch. `after_step(done)` evaluates and saves when its time has come.
+    """Run one optimizer step for every batch. `pause(done)` evaluates and saves, where settings.pauses_at says so.
 
-    Raises FloatingPointError when a logged loss is not finite: nothing is saved after it.
+    Raises FloatingPointError for a loss or gradient that is not finite: found when logged, and before any pause, so
+    that nothing is saved after one.
     """
     device = training_device()
     set_training_mode(engine.module, settings.batch_norm)
     clock = _Clock()
+    unsound = torch.zeros((), dtype=torch.bool, device=device)  # stays on the device between logged steps
     for batch in clock.waiting_for(batches):
         step = batch.step
         # Random state is a function of the step, so a resumed run draws what the uninterrupted one would have drawn.
@@ -67,13 +70,20 @@ def train_steps(
         norm = take_step(engine)
         done = step + 1
         clock.samples += len(batch.keys) * world().size
+        unsound |= ~output.loss.detach().isfinite()
+        if not settings.skips_overflow:
+            unsound |= ~torch.as_tensor(norm, device=device).isfinite()
+        pauses = settings.pauses_at(done)
+        if pauses or done % settings.log_every == 0:
+            _check_sound(unsound, done, output)
         if done % settings.log_every == 0 or done == settings.total_steps:
             steady = {"learning_rate": learning_rate(step), "gradient_norm": float(norm), **memory_mib(device)}
             _log(output, steady, monitor, done, clock)
         if settings.images_every and (step == 0 or done % settings.images_every == 0) and world().is_main:
             monitor.pictures(done, output.pictures())
-        with clock.paused():
-            after_step(done)
+        if pauses:
+            with clock.paused():
+                pause(done)
 
 
 def _log(output: StepOutput, steady: dict[str, float], monitor: Monitor, done: int, clock: "_Clock") -> None:
@@ -81,16 +91,24 @@ def _log(output: StepOutput, steady: dict[str, float], monitor: Monitor, done: i
     names = sorted(output.scalars)
     values = mean_over_ranks(torch.stack([output.scalars[name].detach().float() for name in names])).tolist()
     scalars = dict(zip(names, values, strict=True))
-    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"step {done}: {', '.join(bad)} is not finite; lower optim.lr, or use train.precision: fp32 to see whether "
-            "it is the precision. The last checkpoint is whole: --set train.resume=true goes on from it"
-        )
     rate, waiting = clock.read()
     scalars |= {**steady, "studies_per_second": rate, "data_wait_share": max_over_ranks(waiting)}
     monitor.scalars(done, scalars, split="train")
-    monitor.progress(done, {"loss": scalars["loss"], "studies/s": rate, "lr": scalars["learning_rate"]})
+    losses = {name: scalars[name] for name in ("loss", *names) if name == "loss" or (scalars[name] and "/" not in name)}
+    losses.pop("temperature", None)
+    monitor.progress(done, {**losses, "studies/s": rate, "lr": scalars["learning_rate"]})
+
+
+def _check_sound(unsound: Tensor, done: int, output: StepOutput) -> None:
+    """The same verdict on every rank, so that none waits for one that has stopped."""
+    if not max_over_ranks(float(unsound)):
+        return
+    bad = [name for name, value in output.scalars.items() if not value.isfinite().all()]
+    raise FloatingPointError(
+        f"step {done}: {', '.join(bad) or 'the gradient'} is not finite (or was, since the last look); lower optim.lr, or "
+        "use train.precision: fp32 to see whether it is the precision. Every checkpoint is from before it: "
+        "--set train.resume=true goes on from the newest"
+    )
 
 
 class _Clock:

@@ -101,6 +101,41 @@ CASES = {
         "INDICATION: fever, clinical impression: pneumonia\nFINDINGS: No acute findings: clear.\nCLINICAL IMPRESSION: x",
         "No acute findings: clear.", "", "findings",
     ),
+    "a view under an empty impression": (
+        "FINDINGS: a.\nIMPRESSION:\nPA AND LATERAL CHEST: no acute disease is seen.",
+        "a.", "no acute disease is seen.", "findings and impression",
+    ),
+    "a dated view under an empty impression": (
+        "FINDINGS: a.\nIMPRESSION:\nCHEST 2 VIEWS: 12-4-2009\n", "a.", "", "findings",
+    ),
+    "inline, lower case": ("findings: clear lungs impression: normal", "clear lungs", "normal",
+                           "findings and impression"),
+    "an impression in a sentence of the findings": (
+        "FINDINGS: Unlike the prior impression: clear.\nIMPRESSION: Normal.",
+        "Unlike the prior impression: clear.", "Normal.", "findings and impression",
+    ),
+    "findings named in the impression": (
+        "IMPRESSION: Findings: stable. No change.", "", "Findings: stable. No change.", "impression",
+    ),
+    "findings below an empty impression": ("Impression:\nFindings: Clear.", "Clear.", "", "findings"),
+    "wet read, final report without headers": (
+        "WET READ: 9:12 PM\nIMPRESSION: Possible pneumonia.\nFINAL REPORT\n The lungs are clear.\n", "", "", "no section",
+    ),
+    "wet read, final report only signed": (
+        "WET READ:\nIMPRESSION: Pneumonia.\nFINAL REPORT\nElectronically signed by Dr Ann Example\n",
+        "", "Pneumonia.", "impression",
+    ),
+    "signed": ("IMPRESSION: Normal.\nElectronically signed by: Dr X\n", "", "Normal.", "impression"),
+    "signed, no colon": ("IMPRESSION: Normal\nReport electronically signed by Dr X on ___", "", "Normal", "impression"),
+    "signed inline": ("IMPRESSION: Normal. Signed by: Dr X", "", "Normal.", "impression"),
+    "attending": ("IMPRESSION: Normal.\nATTENDING RADIOLOGIST: X\nResident: Y", "", "Normal.", "impression"),
+    "radiologist": ("IMPRESSION: Normal.\n  Interpreting radiologist : X, M.D.", "", "Normal.", "impression"),
+    "a radiologist in a sentence": (
+        "IMPRESSION: Edema, told by the\nattending radiologist to Dr X. No effusion.",
+        "", "Edema, told by the attending radiologist to Dr X. No effusion.", "impression",
+    ),
+    "bold": ("**FINDINGS:** clear.\n**Impression**: normal", "clear.", "normal",
+             "findings and impression"),
     "line at the end": ("IMPRESSION: Normal.\n__________________\nDictated", "", "Normal.", "impression"),
 }  # fmt: skip
 

@@ -1,6 +1,9 @@
+import errno
 import functools
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +17,20 @@ import pytest
 import webdataset
 from PIL import Image
 
+from imitate_ds.data import shards
 from imitate_ds.data.radiographs import decode_radiograph, load_radiograph, prepare_radiograph
-from imitate_ds.data.shard_index import BUILDING, INDEX, group_hash, load_index, load_report, read_member, read_samples
+from imitate_ds.data.shard_index import (
+    BUILDING,
+    INDEX,
+    file_sha256,
+    group_hash,
+    load_index,
+    load_report,
+    read_member,
+    read_samples,
+)
 from imitate_ds.data.shard_recipe import load_recipe
+from imitate_ds.data.shard_sample import encode_sample
 from imitate_ds.data.shard_stats import report_table, samples_picture, shard_stats, stats_table
 from imitate_ds.data.shards import build_shards, merge_parts, sample_key, verify_shards
 from imitate_ds.data.sources.base import RadiographRef, Study
@@ -148,6 +162,85 @@ def test_merge_parts_says_what_is_missing(tmp_path):
     assert build(source, out, part=(1, 2)) == merge_parts(out) == load_report(out)
 
 
+def test_a_build_that_others_finish_meanwhile_ends_well(tmp_path):
+    source, out = clinic(tmp_path / "files"), tmp_path / "out"
+    started, reports = [], []
+
+    def read(path: Path) -> np.ndarray:
+        if not started:
+            started.append(path)
+            reports.append(build(source, out))  # the job that was queued again, and all other parts
+        return load_radiograph(path)
+
+    source.studies = [replace(s, radiographs=(replace(i, read=functools.partial(read, i.read.args[0])),))
+                      for s in source for i in s.radiographs]  # fmt: skip
+    assert build(source, out, part=(1, 2)) == reports[0] == load_report(out)
+    assert verify_shards(out) == []
+
+
+def test_merge_parts_sees_that_another_has_merged_meanwhile(tmp_path, monkeypatch):
+    source, out = clinic(tmp_path / "files"), tmp_path / "out"
+    build(source, out, part=(0, 2))
+    read = shards._read
+
+    def read_late(path: Path) -> dict:
+        values = read(path)
+        if path.name == shards.PLAN:
+            monkeypatch.setattr(shards, "_read", read)
+            build(source, out, part=(1, 2))
+        return values
+
+    monkeypatch.setattr(shards, "_read", read_late)
+    assert merge_parts(out) == load_report(out)
+
+
+def test_a_finished_build_is_not_done_again(tmp_path):
+    source, out = clinic(tmp_path / "files"), tmp_path / "out"
+    report = build(source, out)
+    written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert build(source, out) == build(source, out, part=(1, 2)) == report
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    index = json.loads((out / INDEX).read_text())
+    del index["fingerprint"]  # as earlier versions wrote it
+    (out / INDEX).write_text(json.dumps(index))
+    assert load_index(out).fingerprint == ""
+    with pytest.raises(ValueError, match="holds finished shards of other data or options; choose another folder"):
+        build(source, out)
+
+
+def fail(number: int, path: Path) -> np.ndarray:
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_disk_that_fails_stops_the_build_and_a_missing_file_does_not(tmp_path):
+    source, path = clinic(tmp_path / "files"), tmp_path / "files" / "image2.png"
+    image = source.studies[2].radiographs[0]
+    for number in (errno.ENOENT, errno.EISDIR):
+        broken = replace(image, read=functools.partial(fail, number, path))
+        source.studies[2] = replace(source.studies[2], radiographs=(broken,))
+        assert sum(build(source, tmp_path / str(number))["dropped_images"].values()) == 1
+    broken = replace(image, read=functools.partial(fail, errno.EIO, path))
+    source.studies[2] = replace(source.studies[2], radiographs=(broken,))
+    with pytest.raises(
+        OSError, match=f"sample {sample_key('clinic', 'S2', 'image2')}: Input/output error; run the build"
+    ):
+        build(source, tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_pictures_say_that_they_are_synthetic_and_are_the_same_pictures(tmp_path, phantoms):
+    study = next(iter(PhantomSource(1, size=64)))
+    marked, meta = encode_sample(study, study.radiographs[0], 64, synthetic=True)
+    plain, _ = encode_sample(study, study.radiographs[0], 64, synthetic=False)
+    assert meta["synthetic"] is True
+    for name, data in marked.items():
+        note = Image.open(io.BytesIO(data)).info["comment" if name == "jpg" else "Comment"]
+        assert note in (b"synthetic phantom", "synthetic phantom")
+        assert b"synthetic" not in plain[name]
+        np.testing.assert_array_equal(decode_radiograph(data), decode_radiograph(plain[name]))
+    assert all(b"synthetic phantom" in data for _, data, _ in read_samples(load_index(phantoms), "train"))
+
+
 def test_training_studies_are_shuffled_and_whole(tmp_path):
     source = clinic(tmp_path / "files", 40)
     two = (*source.studies[0].radiographs, radiograph(tmp_path / "files", "another"))
@@ -206,7 +299,7 @@ def test_what_is_dropped_is_counted_by_reason_without_ids(tmp_path, caplog):
     assert report["dropped_images"] == {
         "view position: lateral": 1,
         "view position: unknown": 1,
-        "unreadable image: damaged image": 1,
+        "unreadable image: damaged image file (OSError)": 1,
         "unreadable image: image has one pixel value": 1,
         "unreadable image: no such file or directory": 1,
     }
@@ -305,8 +398,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unfinished build of other data or options"):
         build(source, out, image_size=48)
     build(source, out)
-    with pytest.raises(ValueError, match="holds finished shards"):
-        build(source, out)
+    with pytest.raises(ValueError, match="holds finished shards of other data or options; choose another folder"):
+        build(source, out, image_size=48)
     (out / INDEX).unlink()
     with pytest.raises(ValueError, match="4 tars without an index"):
         build(source, out)
@@ -321,6 +414,7 @@ def test_load_index_says_what_is_wrong_and_what_to_do(tmp_path):
     build(clinic(tmp_path / "files"), tmp_path / "out")
     with pytest.raises(ValueError, match=r"split = 'test': .* it has: train, val"):
         load_index(tmp_path / "out").of_split("test")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
     tar = tmp_path / "out" / "train-000000.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-512])
@@ -328,6 +422,10 @@ def test_load_index_says_what_is_wrong_and_what_to_do(tmp_path):
         load_index(tmp_path / "out")
     tar.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000000\.tar: named in index.json, but missing"):
+        load_index(tmp_path / "out")
+    index["shards"][0]["samples"] = "many"
+    (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not a complete index"):
         load_index(tmp_path / "out")
     for text, message in [("{", "not valid JSON"), ('{"format": "x"}', "format must be"), ("[]", "format must be")]:
         (tmp_path / "out" / INDEX).write_text(text)
@@ -345,12 +443,33 @@ def test_verify_finds_a_changed_byte_and_a_wrong_index(tmp_path):
     (out / INDEX).write_text(json.dumps(index))
     assert verify_shards(out) == [
         f"train-000000.tar: sample {member[0]}: no radiograph where the index says",
-        f"train-000000.tar: sample {member[0]}: radiograph cannot be decoded: damaged image",
+        f"train-000000.tar: sample {member[0]}: radiograph cannot be decoded: damaged image file (OSError)",
     ]
     data = bytearray((out / "val-000000.tar").read_bytes())
     data[700] ^= 1
     (out / "val-000000.tar").write_bytes(data)
     assert "val-000000.tar: sha256 differs from the index; copy or build it again" in verify_shards(out)
+
+
+def test_verify_finds_a_patient_in_two_splits_and_a_damaged_mask(tmp_path, phantoms):
+    out = tmp_path / "out"
+    shutil.copytree(phantoms, out)
+    assert verify_shards(out) == []
+    index = json.loads((out / INDEX).read_text())
+    train, val = (next(s for s in index["shards"] if s["split"] == split) for split in ("train", "val"))
+    val["members"][0][2] = train["members"][0][2]
+    tar = out / train["name"]
+    with tarfile.open(tar) as file:
+        mask = next(info for info in file if info.name.endswith(".mask.png"))
+    data = bytearray(tar.read_bytes())
+    data[mask.offset_data] ^= 1
+    tar.write_bytes(data)
+    train["sha256"] = file_sha256(tar)
+    (out / INDEX).write_text(json.dumps(index))
+    problems = verify_shards(out)
+    assert any("1 of" in p and "patients are in more than one split" in p for p in problems)
+    wrong = f"mask {mask.name}: cannot be decoded: not a JPEG, PNG, TIFF or DICOM image"
+    assert f"{train['name']}: {wrong}" in problems
 
 
 def test_stats_count_and_the_picture_shows_images_only(tmp_path, phantoms):
@@ -396,6 +515,8 @@ def test_recipes(tmp_path):
         ("source: openi", "out = None: must be given"),
         ("source: openi\nout: x\nimage_size: big", "image_size = 'big': must be a whole number"),
         ("source: openi\nout: x\noptions: 3", "options = 3: must be a mapping"),
+        ("source: openi\nout: x\noptions: {5: 3}", "options = .*: must be a mapping"),
+        ("source: openi\nout: x\nroot: 5", "root = 5: must be a path"),
         ("[", "not valid YAML"),
         ("openi", "must be a mapping"),
     ]:

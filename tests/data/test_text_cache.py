@@ -10,8 +10,16 @@ from safetensors.torch import load_file, save_file
 from imitate_ds.data.shard_index import load_index, read_shard
 from imitate_ds.data.shards import build_shards, verify_shards
 from imitate_ds.data.sources.phantom import PhantomSource
-from imitate_ds.data.text_cache import embed_shards, fit_texts, load_text_cache, text_info, text_width
-from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
+from imitate_ds.data.text_cache import (
+    ENCODER_FILE,
+    embed_shards,
+    fit_texts,
+    load_text_cache,
+    text_info,
+    text_width,
+    verify_text,
+)
+from imitate_ds.models.text_encoder import DESCRIPTION, LsaEncoder, load_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +147,47 @@ def test_embeddings_of_another_build_or_encoder_are_refused(shards):
 def test_a_damaged_text_index_is_refused(shards):
     embed(shards)
     values = json.loads((shards / "text.json").read_text())
-    for text in ("{", json.dumps({**values, "format": "imitate_ds.text/0"})):
+    without_width = {name: value for name, value in values.items() if name != "width"}
+    damaged = [[values], {**values, "format": "imitate_ds.text/0"}, {**values, "build_id": "0"}, without_width]
+    for text in ("{", *map(json.dumps, damaged)):
         (shards / "text.json").write_text(text)
         with pytest.raises(ValueError, match="run 'imitate-ds shards embed'"):
             text_width(shards)
+        assert len(verify_text(shards, load_index(shards))) == 1
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_sidecar_is_named(shards, size):
+    embed(shards)
+    index = load_index(shards)
+    path = shards / index.shards[0].text_name
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"train-000000\.text\.safetensors: damaged; run 'imitate-ds shards embed'"):
+        load_text_cache(shards, index.shards[0])
+    assert [problem.partition(": ")[0] for problem in verify_text(shards, index)] == [str(path)]
+
+
+def test_verify_sees_an_encoder_that_is_not_the_one_and_sidecars_without_index(shards):
+    index = load_index(shards)
+    assert verify_text(shards, index) == []  # not embedded yet
+    embed(shards)
+    assert verify_text(shards, index) == []
+    LsaEncoder.fit(fit_texts(shards), dim=4).save(shards / "text_encoder")
+    (problem,) = verify_text(shards, index)
+    assert "another encoder than text.json names" in problem
+    shutil.rmtree(shards / "text_encoder")
+    assert len(verify_text(shards, index)) == 1
+    (shards / "text.json").unlink()
+    (problem,) = verify_text(shards, index)
+    assert f"{len(index.shards)} text sidecars, but no text.json" in problem
+
+
+def test_synthetic_texts_are_marked_and_the_encoder_is_known_by_its_file(shards):
+    embed(shards)
+    assert text_info(shards)["synthetic"] is True
+    with safe_open(shards / load_index(shards).shards[0].text_name, framework="pt") as file:
+        assert file.metadata()["synthetic"] == "true"
+    assert ENCODER_FILE == DESCRIPTION
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(shards):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from imitate_ds.evaluation.report import load_results, write_report, write_result
+from imitate_ds.evaluation.report import load_results, open_out, write_report, write_result
 from imitate_ds.metrics import figure
 
 
@@ -121,6 +121,14 @@ def test_the_same_results_draw_the_same_page(tmp_path):
     first = re.sub(r"base64,[^\"]+", "", _text(tmp_path))
     write_report(tmp_path)
     assert re.sub(r"base64,[^\"]+", "", _text(tmp_path)) == first
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        open_out(tmp_path / "out")
+    open_out(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"results": [{"task": "x"}]}', '{"results": 3}', '{"results": [3]}'])

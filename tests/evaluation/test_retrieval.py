@@ -35,6 +35,12 @@ def test_the_exact_pair_only_is_capped_by_duplicates():
     assert figures["image_to_text_R@5"]["value"] == 1
 
 
+def test_ties_by_index_only_where_asked():
+    pairs = _pairs(torch.ones(4, 2), torch.eye(4)[:, :2] * 0 + 1, [0, 1, 2, 3])
+    assert score_pairs(pairs)[0]["image_to_text_R@1"]["value"] == 0
+    assert score_pairs(pairs, ties="index")[0]["image_to_text_R@1"]["value"] == 0.25
+
+
 def test_random_embeddings_are_at_chance():
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(600, 16, generator=generator) for _ in range(2))

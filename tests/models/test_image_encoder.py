@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imitate_ds.config import AggregationConfig, ModelConfig
-from imitate_ds.models.image_encoder import ImageEncoder
+from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 
 PIXELS = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -153,3 +153,11 @@ def test_pretrained_weights_out_of_reach_say_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"model.weights = 'timm': no pretrained weights of resnet10t .* download"):
         encoder(weights="timm")
+
+
+def test_synchronised_batch_norm_keeps_the_activations_fused_into_it():
+    encoder = ImageEncoder(ModelConfig(image_encoder="mobilenetv3_small_050"))
+    before = sum(isinstance(module, nn.Hardswish | nn.ReLU) for module in encoder.modules())
+    encoder = synchronise_batch_norm(encoder)
+    assert sum(isinstance(module, nn.Hardswish | nn.ReLU) for module in encoder.modules()) == before > 0
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in encoder.modules()) > 0

@@ -106,6 +106,13 @@ def test_a_bert_folder_of_the_older_kind_has_its_words_in_vocab_txt(bert, tmp_pa
     )
 
 
+def test_damaged_bert_weights_are_named(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    (folder / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged weights"):
+        load_text_encoder(str(folder))
+
+
 def test_bert_is_frozen_and_the_same_every_time(bert):
     encoder = load_text_encoder(str(bert))
     assert isinstance(encoder, HuggingFaceEncoder)
@@ -180,6 +187,36 @@ def test_lsa_saved_and_loaded_is_the_same_encoder(tmp_path):
     assert {path.suffix for path in (tmp_path / "encoder").iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("terms.json", None),
+        ("terms.json", "["),
+        ("terms.json", '["effusion"]'),
+        ("lsa.safetensors", None),
+        ("lsa.safetensors", "torn"),
+        (DESCRIPTION, '{"kind": "lsa", "fingerprint": "0123456789abcdef"}'),
+        (DESCRIPTION, "{"),
+        (DESCRIPTION, "[]"),
+    ],
+)
+def test_a_damaged_lsa_folder_says_what_to_do(tmp_path, name, content):
+    LsaEncoder.fit(REPORTS, dim=4).save(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*run 'imitate-ds shards embed'"):
+        load_text_encoder(str(tmp_path))
+
+
+def test_lsa_files_of_two_encoders_do_not_belong_together(tmp_path):
+    LsaEncoder.fit(REPORTS, dim=4).save(tmp_path / "a")
+    LsaEncoder.fit(REPORTS, dim=3).save(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "lsa.safetensors", tmp_path / "a")
+    with pytest.raises(ValueError, match="files that do not belong together"):
+        load_text_encoder(str(tmp_path / "a"))
+
+
 def test_lsa_refuses_what_it_cannot_be_fitted_on():
     with pytest.raises(ValueError, match="1 different texts to fit on"):
         LsaEncoder.fit(["clear lungs", "clear lungs", "", "nan"])
@@ -187,6 +224,8 @@ def test_lsa_refuses_what_it_cannot_be_fitted_on():
         LsaEncoder.fit(REPORTS, dim=1)
     with pytest.raises(ValueError, match="lsa: the texts to fit on hold no words"):
         LsaEncoder.fit(["XXXX", "___ 3"])
+    with pytest.raises(ValueError):  # noqa: PT011  (scikit-learn's words)
+        LsaEncoder.fit(["effusion", "effusion."])
     with pytest.raises(ValueError, match="is fitted on the training reports; use 'imitate-ds shards embed'"):
         load_text_encoder("lsa")
 

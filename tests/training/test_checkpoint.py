@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from imitate_ds.training.checkpoint import MANIFEST, find_checkpoint, save_checkpoint, verify_checkpoint
 
 
 class FileEngine:
     """Stands where DeepSpeed's engine does in a save: writes the files of one rank (the real engine: test_engine.py)."""
+
+    torch_autocast_z0_gradscaler = None
 
     def save_checkpoint(self, folder, tag, client_state, save_latest):
         assert not save_latest
@@ -62,5 +66,11 @@ def test_missing_file_and_damaged_manifest(tmp_path):
     target = tmp_path / "step-00000010"
     (target / "weights.bin").unlink()
     assert "weights.bin is missing" in (verify_checkpoint(target) or "")
-    (target / MANIFEST).write_text("{")
-    assert "damaged" in (verify_checkpoint(target) or "")
+    whole = (target / MANIFEST).read_text()
+    for damaged in ("{", "{}", "[]", whole.replace('"step": 10', '"step": 11', 1)):
+        (target / MANIFEST).write_text(damaged)
+        assert verify_checkpoint(target) == "its manifest is damaged"
+    (target / MANIFEST).write_bytes(b"\xff" + whole.encode())
+    assert verify_checkpoint(target) == "its manifest is damaged"
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        find_checkpoint(tmp_path)

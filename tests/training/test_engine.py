@@ -90,6 +90,27 @@ def test_precision_follows_batch_norm():
     assert deepspeed_config(bf16, OptimConfig(), has_batch_norm=False)["bf16"] == {"enabled": True}
 
 
+def test_fp16_with_batch_norm_is_refused_where_deepspeed_gets_the_loss_scale_wrong():
+    with pytest.raises(ValueError, match=r"train\.precision = 'fp16'"):
+        deepspeed_config(TrainConfig(precision="fp16", deepspeed="zero1"), OptimConfig(), has_batch_norm=True)
+    zero0 = deepspeed_config(TrainConfig(precision="fp16", deepspeed="zero0"), OptimConfig(), has_batch_norm=True)
+    assert zero0["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+
+
+def test_every_file_in_ds_configs_is_valid(repository):
+    names = sorted(path.stem for path in (repository / "ds_configs").glob("*.json"))
+    assert names == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    for name in names:
+        load_deepspeed_json(name)
+
+
+def test_offloaded_parameters_are_not_stepped_on_the_device():
+    auto = build_optimizer(build_model(), OptimConfig(), on_cuda=True, offloaded=True)
+    assert type(auto) is torch.optim.AdamW
+    with pytest.raises(ValueError, match="lie on the CPU"):
+        build_optimizer(build_model(), OptimConfig(name="fused_adam"), on_cuda=True, offloaded=True)
+
+
 def test_norms_biases_and_positions_are_not_decayed():
     model = build_model()
     decay, plain = parameter_groups(model, OptimConfig())

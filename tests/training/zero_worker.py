@@ -14,7 +14,7 @@ from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, TrainCo
 from imitate_ds.distributed import barrier, init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
 
 STEPS, STUDIES, TEXT_WIDTH, SIZE = 4, 8, 16, 32
@@ -97,7 +97,7 @@ def main(out: Path) -> None:
         again = build_engine(build_model(), train_config(stage), OPTIM)
         checkpoint = find_checkpoint(folder)
         assert checkpoint is not None
-        assert load_checkpoint(again, checkpoint) == {"step": 2}
+        assert load_checkpoint(again, checkpoint) == {"step": 2} == read_state(checkpoint)
         resumed = train(again, here.rank, here.size, range(2, STEPS))
 
         autocast = build_engine(build_model(), train_config(stage, "bf16", "mean"), OPTIM)

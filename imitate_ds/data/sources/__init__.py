@@ -1,8 +1,12 @@
 """Where studies come from: one module per collection, and one door to all of them."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from imitate_ds.data.sources.base import Source
 
@@ -14,6 +18,8 @@ SOURCES = {
     "table": ("table", "TableSource"),
     "phantom": ("phantom", "PhantomSource"),
 }
+# what the values of an option must be, by the first type that its class names
+OPTION_RULES = {int: "a whole number", float: "a number", str: "a text", Mapping: "a mapping of roles to columns"}
 
 
 def open_source(name: str, root: Path | None, **options: object) -> Source:
@@ -25,10 +31,12 @@ def open_source(name: str, root: Path | None, **options: object) -> Source:
         raise ValueError(f"source = {name!r}: must be one of {', '.join(SOURCES)}")
     module, class_name = SOURCES[name]
     make = getattr(import_module(f"{__name__}.{module}"), class_name)
+    hints = get_type_hints(make.__init__)
     known = [option for option in signature(make).parameters if option != "root"]
     for option in options:
         if option not in known:
             raise ValueError(f"{option} is not an option of source {name}; it has: {', '.join(known) or 'none'}")
+        _check_option(option, options[option], hints[option])
     if name == "phantom":
         return make(**options)
     if root is None:
@@ -36,3 +44,11 @@ def open_source(name: str, root: Path | None, **options: object) -> Source:
     if not Path(root).exists():
         raise FileNotFoundError(f"source {name}: --root {root} does not exist")
     return make(Path(root), **options)
+
+
+def _check_option(name: str, value: object, hint: Any) -> None:
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        kind = (get_args(hint) or (hint,))[0]
+        raise ValueError(f"option {name} = {value!r}: must be {OPTION_RULES[get_origin(kind) or kind]}") from None

@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.table import (
+    Row,
     check_patient_splits,
+    newest_table,
     parse_split,
     parse_view,
     read_labels,
@@ -38,19 +40,18 @@ class CheXpertPlusSource:
 
     def __init__(self, root: str | Path, *, labels: str | None = None):
         self._root = Path(root)
-        table = max(self._root.glob("df_chexpert_plus_*.csv*"), default=None)
+        table = newest_table(self._root, "df_chexpert_plus_*")
         if table is None:
             raise FileNotFoundError(f"{self._root}: no df_chexpert_plus_240401.csv; expected {LAYOUT}")
-        self._table = table
         self._studies: dict[str, list[dict[str, str]]] = defaultdict(list)
         for row in read_rows(table, REQUIRED):
-            kept = {name: row[name] for name in REQUIRED}
+            kept = {name: row[name] for name in REQUIRED} | {"split": parse_split(row, "split", table)}
             kept["path_to_image"] = _layout_path(row["path_to_image"])
             self._studies[_study_of(kept["path_to_image"])].append(kept)
         rows = [row for rows in self._studies.values() for row in rows]
-        check_patient_splits(((row["deid_patient_id"], parse_split(row["split"], table)) for row in rows), table)
+        check_patient_splits(((row["deid_patient_id"], row["split"]) for row in rows), table)
         self._labels = _read_chexbert(self._root, labels) or _read_chexpert(self._root)
-        self._folder, self._suffix = self._find_images(rows)
+        self._folder, self._suffix = self._find_images(rows, table)
 
     def __len__(self) -> int:
         return len(self._studies)
@@ -61,7 +62,7 @@ class CheXpertPlusSource:
             yield Study(
                 patient_id=first["deid_patient_id"],
                 study_id=study_id,
-                split=parse_split(first["split"], self._table),
+                split=first["split"],
                 findings=section_text(first["section_findings"]),
                 impression=section_text(first["section_impression"]),
                 radiographs=tuple(self._radiograph(row) for row in rows),
@@ -73,7 +74,7 @@ class CheXpertPlusSource:
         path = (self._folder / image_id).with_suffix(self._suffix)
         return RadiographRef(image_id, parse_view(row["frontal_lateral"]), partial(load_radiograph, path))
 
-    def _find_images(self, rows: list[dict[str, str]]) -> tuple[Path, str]:
+    def _find_images(self, rows: list[dict[str, str]], table: Path) -> tuple[Path, str]:
         """Folder and suffix of the first image that is there: all are alike, and 223 thousand take long to look up."""
         folders = [self._root / name for name in FOLDERS if (self._root / name).is_dir()]
         for row in rows:
@@ -81,7 +82,7 @@ class CheXpertPlusSource:
                 for suffix in IMAGE_SUFFIXES:
                     if (folder / row["path_to_image"]).with_suffix(suffix).is_file():
                         return folder, suffix
-        raise FileNotFoundError(f"{self._root}: none of the images in {self._table.name} is there; expected {LAYOUT}")
+        raise FileNotFoundError(f"{self._root}: none of the images in {table.name} is there; expected {LAYOUT}")
 
 
 def _layout_path(path: str) -> str:
@@ -108,7 +109,8 @@ def _read_chexbert(root: Path, section: str | None) -> dict[str, dict[str, int]]
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = {name: "" if value is None else str(value) for name, value in json.loads(line).items()}
+                values = json.loads(line)
+                row = Row(((name, "" if value is None else str(value)) for name, value in values.items()), number)
                 study = _study_of(_layout_path(row.pop("path_to_image")))
             except (json.JSONDecodeError, AttributeError, KeyError):
                 raise ValueError(f"{path}, line {number}: not a JSON object with path_to_image") from None

@@ -1,6 +1,7 @@
 """MIMIC-CXR-JPG images with the reports of MIMIC-CXR, as PhysioNet serves them."""
 
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from imitate_ds.data.reports import parse_report
 from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.table import (
     check_patient_splits,
+    newest_table,
     parse_split,
     parse_view,
     read_labels,
@@ -88,7 +90,7 @@ def _patient_folder(files: Path, subject: str) -> Path:
 
 def _find_table(root: Path, kind: str) -> Path | None:
     """The newest version of a table; 2.1.0 of the collection still names most of them 2.0.0."""
-    return max(root.glob(f"mimic-cxr-2.*-{kind}.csv*"), default=None)
+    return newest_table(root, f"mimic-cxr-2.*-{kind}")
 
 
 def _require_table(root: Path, kind: str) -> Path:
@@ -111,7 +113,7 @@ def _read_splits(path: Path | None, images: dict[tuple[str, str], list]) -> dict
         return {}
     splits, patients = {}, []
     for row in read_rows(path, ("study_id", "subject_id", "split")):
-        splits[row["study_id"]] = parse_split(row["split"], path)
+        splits[row["study_id"]] = parse_split(row, "split", path)
         patients.append((row["subject_id"], splits[row["study_id"]]))
     check_patient_splits(patients, path)
     missing = sum(study not in splits for _, study in images)
@@ -165,9 +167,12 @@ def _open_reports(path: Path) -> Iterator[ReportReader]:
     if path.is_dir():
         yield partial(_read_text, path)
         return
-    with zipfile.ZipFile(path) as archive:
-        names = {PurePosixPath(name).stem: name for name in archive.namelist() if name.endswith(".txt")}
-        yield partial(_read_member, archive, names)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {PurePosixPath(name).stem: name for name in archive.namelist() if name.endswith(".txt")}
+            yield partial(_read_member, archive, names)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # their messages quote names of members
+        raise ValueError(f"{path}: damaged or encrypted zip file; download it again") from None
 
 
 def _read_member(archive: zipfile.ZipFile, names: dict[str, str], subject: str, study: str) -> str:

@@ -1,13 +1,14 @@
 """Open-i, the Indiana University chest X-rays, in the layout people download from Kaggle."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.table import (
+    Row,
     check_patient_splits,
     parse_split,
     parse_view,
@@ -25,7 +26,7 @@ class OpenISource:
     """Studies of root: indiana_reports.csv, indiana_projections.csv, images/; optional splits.csv and labels.csv.
 
     A report is a patient: the collection has one study of each. Raises FileNotFoundError for another layout,
-    ValueError for columns, splits or labels that cannot be what they should.
+    ValueError for columns, splits or labels that cannot be what they should, and for reports that come twice.
     """
 
     name = "openi"
@@ -36,8 +37,7 @@ class OpenISource:
         for name in ("indiana_reports.csv", "indiana_projections.csv"):
             if not (root / name).is_file():
                 raise FileNotFoundError(f"{root}: no {name}; expected {LAYOUT}")
-        reports = root / "indiana_reports.csv"
-        self._reports = {row["uid"]: row for row in read_rows(reports, ("uid", "findings", "impression"))}
+        self._reports = _by_uid(root / "indiana_reports.csv", ("uid", "findings", "impression"))
         self._splits = _read_splits(root / "splits.csv", set(self._reports))
         self._labels = _read_labels(root / "labels.csv")
         self._radiographs = _read_projections(root / "indiana_projections.csv", _images(root))
@@ -56,6 +56,14 @@ class OpenISource:
                 radiographs=tuple(self._radiographs.get(uid, ())),
                 labels=self._labels.get(uid, {}),
             )
+
+
+def _by_uid(path: Path, required: Sequence[str]) -> dict[str, Row]:
+    rows = list(read_rows(path, required))
+    by_uid = {row["uid"]: row for row in rows}
+    if len(by_uid) < len(rows):
+        raise ValueError(f"{path}: {len(rows) - len(by_uid)} of {len(rows)} rows repeat a uid; leave one row of each")
+    return by_uid
 
 
 def _stem(name: str) -> str:
@@ -87,7 +95,7 @@ def _read_projections(path: Path, images: dict[str, Path]) -> dict[str, list[Rad
 def _read_splits(path: Path, uids: set[str]) -> dict[str, str]:
     if not path.is_file():
         return {}
-    rows = [(row["uid"], parse_split(row["split"], path)) for row in read_rows(path, ("uid", "split"))]
+    rows = [(row["uid"], parse_split(row, "split", path)) for row in read_rows(path, ("uid", "split"))]
     check_patient_splits(rows, path)
     missing = len(uids - dict(rows).keys())
     if missing:
@@ -100,5 +108,5 @@ def _read_splits(path: Path, uids: set[str]) -> dict[str, str]:
 def _read_labels(path: Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         return {}
-    rows = read_rows(path, ("uid",))
-    return {row["uid"]: read_labels(row, [name for name in row if name not in ("", "uid")], path) for row in rows}
+    rows = _by_uid(path, ("uid",))
+    return {uid: read_labels(row, [n for n in row if n not in ("", "uid")], path) for uid, row in rows.items()}

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,7 +28,22 @@ VIEW_POSITIONS = {
 }  # fmt: skip
 
 
-def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+class Row(dict[str, str]):
+    """Cells by the name of their column, and the line of the file on which the row ends."""
+
+    __slots__ = ("line",)
+
+    def __init__(self, cells: Iterable[tuple[str, str]], line: int):
+        super().__init__(cells)
+        self.line = line
+
+
+def newest_table(root: Path, name: str) -> Path | None:
+    """The last of root's files name.csv and name.csv.gz (name: a glob pattern); not name.csv.gz.part or name.csv.bak."""
+    return max((path for suffix in ("csv", "csv.gz") for path in root.glob(f"{name}.{suffix}")), default=None)
+
+
+def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a CSV (.tsv: tab-separated; .gz: compressed), header names stripped, blank cells as "".
 
     Raises FileNotFoundError, or ValueError naming the file, the column that is missing and the columns there are.
@@ -41,11 +57,13 @@ def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[dict[str, st
             yield from _rows(path, csv.reader(file, delimiter=delimiter), required)
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not UTF-8 text; save it as CSV in UTF-8") from None
-        except (csv.Error, EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise ValueError(f"{path}: damaged gzip file; download it again") from None
+        except csv.Error as error:
             raise ValueError(f"{path}: not a readable CSV file ({error})") from None
 
 
-def _rows(path: Path, reader, required: Sequence[str]) -> Iterator[dict[str, str]]:
+def _rows(path: Path, reader, required: Sequence[str]) -> Iterator[Row]:
     header = [name.strip() for name in next(reader, [])]
     require_columns(path, header, required)
     for row in reader:
@@ -53,7 +71,7 @@ def _rows(path: Path, reader, required: Sequence[str]) -> Iterator[dict[str, str
             raise ValueError(f"{path}, line {reader.line_num}: {len(row)} cells under {len(header)} columns")
         if row:
             row += [""] * (len(header) - len(row))
-            yield dict(zip(header, row, strict=True))
+            yield Row(zip(header, row, strict=True), reader.line_num)
 
 
 def require_columns(path: Path, columns: Sequence[str], required: Iterable[str]) -> None:
@@ -71,11 +89,22 @@ def parse_view(cell: str) -> str:
     return VIEW_POSITIONS.get(cell.strip().lower(), "unknown")
 
 
-def parse_split(value: str, path: Path) -> str:
+def parse_split(row: Row, column: str, path: Path) -> str:
     try:
-        return SPLIT_NAMES[value.strip().lower()]
+        return SPLIT_NAMES[row[column].strip().lower()]
     except KeyError:
-        raise ValueError(f"{path}: split = {value!r}: must be one of {', '.join(SPLIT_NAMES)}") from None
+        rule = f"must be one of {', '.join(SPLIT_NAMES)}"
+        raise ValueError(f"{path}, line {row.line}: {column} is {_described(row[column])}: {rule}") from None
+
+
+def _described(cell: str) -> str:
+    """A cell as an error message may show it: anything but a short number may be report text or the id of a patient."""
+    cell = cell.strip()
+    try:
+        float(cell)
+    except ValueError:
+        return f"a text of {len(cell)} characters" if cell else "blank"
+    return cell if len(cell) <= 4 else f"a number of {len(cell)} characters"
 
 
 def split_by_hash(patient_id: str) -> str:
@@ -98,7 +127,7 @@ def check_patient_splits(pairs: Iterable[tuple[str, str]], path: Path) -> None:
         )
 
 
-def read_labels(row: Mapping[str, str], columns: Iterable[str], path: Path) -> dict[str, int]:
+def read_labels(row: Row, columns: Iterable[str], path: Path) -> dict[str, int]:
     """The cells that hold 1, 0 or -1 (uncertain); blank cells are left out."""
     labels = {}
     for name in columns:
@@ -110,7 +139,8 @@ def read_labels(row: Mapping[str, str], columns: Iterable[str], path: Path) -> d
         except ValueError:
             value = math.nan
         if value not in (1.0, 0.0, -1.0):
-            raise ValueError(f"{path}: label {name} = {cell!r}: must be 1, 0, -1 (uncertain) or blank")
+            rule = "a label must be 1, 0, -1 (uncertain) or blank"
+            raise ValueError(f"{path}, line {row.line}: {name} is {_described(cell)}: {rule}")
         labels[name] = int(value)
     return labels
 
@@ -141,9 +171,10 @@ class TableSource:
         if first is None:
             raise ValueError(f"{self._path}: no rows")
         self._columns, self._labels = _resolve_columns(self._path, list(first), dict(columns or {}))
-        self._studies: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+        self._studies: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in read_rows(self._path):
             self._studies[self._cell(row, "patient"), self._study_id(row)].append(row)
+        self._check_patients()
         if "split" in self._columns:
             splits = (
                 (patient, self._split(patient, row)) for (patient, _), rows in self._studies.items() for row in rows
@@ -166,19 +197,26 @@ class TableSource:
                 labels={name: value for row in rows for name, value in self._row_labels(row).items()},
             )
 
-    def _cell(self, row: dict[str, str], role: str) -> str:
+    def _check_patients(self) -> None:
+        blank = sum(len(rows) for (patient, _), rows in self._studies.items() if is_missing(patient))
+        if blank:
+            raise ValueError(
+                f"{self._path}: {self._columns['patient']} is blank in {blank} rows; every row must name its patient, for "
+                "all images of a patient go into one split"
+            )
+
+    def _cell(self, row: Row, role: str) -> str:
         return row[self._columns[role]].strip() if role in self._columns else ""
 
-    def _study_id(self, row: dict[str, str]) -> str:
+    def _study_id(self, row: Row) -> str:
         """Names such as study1 come back with every patient, so the patient is part of the id."""
         return f"{self._cell(row, 'patient')}/{self._cell(row, 'study') or self._cell(row, 'image')}"
 
-    def _split(self, patient_id: str, row: dict[str, str]) -> str:
-        return (
-            parse_split(self._cell(row, "split"), self._path) if "split" in self._columns else split_by_hash(patient_id)
-        )
+    def _split(self, patient_id: str, row: Row) -> str:
+        column = self._columns.get("split")
+        return parse_split(row, column, self._path) if column else split_by_hash(patient_id)
 
-    def _sections(self, rows: list[dict[str, str]]) -> tuple[str, str]:
+    def _sections(self, rows: list[Row]) -> tuple[str, str]:
         """The first of each section that any row of the study has."""
         cells = {
             role: next((t for row in rows if (t := section_text(self._cell(row, role)))), "") for role in TEXT_ROLES
@@ -186,12 +224,12 @@ class TableSource:
         parsed = parse_report(cells["report"], self._style)
         return cells["findings"] or parsed.findings, cells["impression"] or parsed.impression
 
-    def _radiograph(self, row: dict[str, str]) -> RadiographRef:
+    def _radiograph(self, row: Row) -> RadiographRef:
         image = self._cell(row, "image")
         view = parse_view(self._cell(row, "view")) if "view" in self._columns else "frontal"
         return RadiographRef(image, view, partial(load_radiograph, self._path.parent / image))
 
-    def _row_labels(self, row: dict[str, str]) -> dict[str, int]:
+    def _row_labels(self, row: Row) -> dict[str, int]:
         labels = read_labels(row, self._labels, self._path)
         return {self._labels[column]: value for column, value in labels.items()}
 

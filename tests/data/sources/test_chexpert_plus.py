@@ -63,6 +63,13 @@ def test_reads_the_layouts_people_have(tmp_path, folder, suffix, prefix):
     assert [study.labels for study in studies] == [{}, {}, {}]
 
 
+def test_downloads_and_copies_beside_the_table_are_not_read(tmp_path):
+    root = write_tree(tmp_path)
+    for suffix in (".csv.gz.part", ".csv.bak"):
+        (root / f"df_chexpert_plus_250101{suffix}").write_bytes(b"half")
+    assert len(CheXpertPlusSource(root)) == 3
+
+
 def test_labels_of_chexbert(tmp_path):
     folder = write_tree(tmp_path) / "chexbert_labels"
     folder.mkdir()
@@ -75,6 +82,11 @@ def test_labels_of_chexbert(tmp_path):
         CheXpertPlusSource(tmp_path, labels="findings")
     with pytest.raises(ValueError, match="labels = 'text': must be one of report, impression, findings"):
         CheXpertPlusSource(tmp_path, labels="text")
+    (folder / "report_fixed.json").write_text(json.dumps({"path_to_image": ROWS[0][0], "Edema": "Jane Doe"}))
+    with pytest.raises(
+        ValueError, match=r"report_fixed\.json, line 1: Edema is a text of 8 characters: a label must be"
+    ):
+        CheXpertPlusSource(tmp_path)
     (folder / "report_fixed.json").write_text("[1, 2]\n")
     with pytest.raises(ValueError, match=r"report_fixed\.json, line 1: not a JSON object with path_to_image"):
         CheXpertPlusSource(tmp_path)

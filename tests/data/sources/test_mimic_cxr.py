@@ -133,6 +133,25 @@ def test_a_patient_in_two_splits_is_refused_without_its_id(tmp_path):
     assert "10000032" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage", ["content", "directory"])
+def test_a_damaged_zip_says_so_without_naming_a_patient(tmp_path, damage):
+    path = write_zip(write_tree(tmp_path) / "mimic-cxr-reports.zip")
+    data = path.read_bytes()
+    place = data.index(b"FINDINGS") if damage == "content" else data.rindex(b"PK\x01\x02")
+    path.write_bytes(data[:place] + b"????" + data[place + 4 :])
+    with pytest.raises(ValueError, match=r"reports\.zip: damaged or encrypted zip file; download it again") as error:
+        list(MimicCxrSource(tmp_path))
+    assert "p10" not in str(error.value)
+
+
+def test_downloads_and_copies_beside_the_tables_are_not_read(tmp_path):
+    write_reports(write_tree(tmp_path) / "files")
+    for kind in ("metadata", "split", "chexpert"):
+        for suffix in (".csv.gz.part", ".csv.bak"):
+            (tmp_path / f"mimic-cxr-2.1.0-{kind}{suffix}").write_bytes(b"half")
+    check(MimicCxrSource(tmp_path))
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no mimic-cxr-2\.x\.0-metadata\.csv or \.csv\.gz; expected files/p10"):
         MimicCxrSource(tmp_path)

@@ -70,7 +70,7 @@ def test_splits_come_from_the_file_or_from_the_patient(tmp_path):
     [
         ("uid,split\n1,train\n1,val\n2,train\n3,train\n", "1 of 3 patients are in more than one split; give"),
         ("uid,split\n1,train\n", "no row for 2 of 3 reports"),
-        ("uid,split\n1,left\n2,train\n3,train\n", "split = 'left': must be one of train"),
+        ("uid,split\n1,left\n2,train\n3,train\n", "line 2: split is a text of 4 characters: must be one of train"),
         ("uid,part\n1,train\n", r"splits\.csv: no column 'split'; it has: uid, part"),
     ],
 )
@@ -85,7 +85,17 @@ def test_labels(tmp_path):
     (root / "labels.csv").write_text("uid,normal,effusion\n1,1,0\n2,-1.0,\n")
     assert [study.labels for study in OpenISource(root)] == [{"normal": 1, "effusion": 0}, {"normal": -1}, {}]
     (root / "labels.csv").write_text("uid,normal\n1,yes\n")
-    with pytest.raises(ValueError, match="label normal = 'yes': must be 1, 0, -1"):
+    with pytest.raises(ValueError, match="line 2: normal is a text of 3 characters: a label must be 1, 0, -1"):
+        OpenISource(root)
+
+
+def test_reports_and_labels_that_come_twice_are_refused(tmp_path):
+    root = write_tree(tmp_path)
+    (root / "labels.csv").write_text("uid,normal\n1,1\n1,0\n2,1\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: 1 of 3 rows repeat a uid; leave one row of each"):
+        OpenISource(root)
+    (root / "indiana_reports.csv").write_text(REPORTS + "2,x,x,x,x,x,Other.,Other.\n3,x,x,x,x,x,Other.,Other.\n")
+    with pytest.raises(ValueError, match=r"indiana_reports\.csv: 2 of 5 rows repeat a uid"):
         OpenISource(root)
 
 
@@ -110,6 +120,23 @@ def test_the_door_names_sources_and_options(tmp_path):
         open_source("openi", tmp_path / "none")
     with pytest.raises(ValueError, match="stile is not an option of source mimic-cxr; it has: reports, labels, style"):
         open_source("mimic-cxr", tmp_path, stile="tolerant")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("phantom", {"studies": "abc"}, "option studies = 'abc': must be a whole number"),
+        ("phantom", {"studies": 1e3}, "option studies = 1000.0: must be a whole number"),
+        ("phantom", {"seed": True}, "option seed = True: must be a whole number"),
+        ("phantom", {"val_share": "much"}, "option val_share = 'much': must be a number"),
+        ("mimic-cxr", {"reports": 5}, "option reports = 5: must be a text"),
+        ("table", {"columns": "foo"}, "option columns = 'foo': must be a mapping of roles to columns"),
+        ("table", {"columns": {"labels": 5}}, "option columns = .*: must be a mapping of roles to columns"),
+    ],
+)
+def test_the_door_refuses_options_of_another_type(tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(name, tmp_path, **options)
 
 
 def test_the_door_opens_the_phantom_without_a_root():

@@ -69,7 +69,12 @@ def test_a_section_of_its_own_wins_over_the_report(tmp_path):
         ("image,patient\na,b\n", {}, "no column for findings, impression or report"),
         ("image,patient,report\n", {}, "no rows"),
         ("image,patient,report\na,b,c,d\n", {}, "line 2: 4 cells under 3 columns"),
-        (DEFAULT.replace(",dev,", ",,"), {}, "split = '': must be one of train"),
+        (DEFAULT.replace(",dev,", ",,"), {}, "line 4: split is blank: must be one of train"),
+        (
+            DEFAULT.replace(",p2,", ", ,").replace("i/b.png,p1", "i/b.png,nan"),
+            {},
+            "patient is blank in 2 rows; every row must",
+        ),
         (DEFAULT.replace("i/b.png,p1,s1", "i/b.png,p2,s2"), {}, "1 of 2 patients are in more than one split"),
         (DEFAULT.replace("train,0,1", "val,0,1"), {}, "1 of 2 patients are in more than one split"),
     ],
@@ -82,8 +87,21 @@ def test_what_cannot_be_read_is_refused(tmp_path, text, columns, message):
 
 def test_a_label_that_is_no_label_is_refused(tmp_path):
     path = write_table(tmp_path, DEFAULT.replace("dev,1", "dev,2"))
-    with pytest.raises(ValueError, match="label label_edema = '2': must be 1, 0, -1"):
+    with pytest.raises(ValueError, match=r"table\.csv, line 4: label_edema is 2: a label must be 1, 0, -1"):
         list(TableSource(path))
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"), [("Edema of Jane Doe", "a text of 17 characters"), ("10000032", "a number of 8 characters")]
+)
+def test_no_message_shows_a_cell_that_may_be_text_or_an_id(tmp_path, cell, shown):
+    label = write_table(tmp_path, DEFAULT.replace("dev,1", f"dev,{cell}"))
+    with pytest.raises(ValueError, match=f"line 4: label_edema is {shown}: a label must be") as label_error:
+        list(TableSource(label))
+    split = write_table(tmp_path, DEFAULT.replace("dev", cell))
+    with pytest.raises(ValueError, match=f"line 4: split is {shown}: must be one of train") as split_error:
+        list(TableSource(split))
+    assert cell not in f"{label_error.value}{split_error.value}"
 
 
 def test_which_file(tmp_path):
@@ -99,9 +117,11 @@ def test_read_rows_takes_gz_a_byte_order_mark_and_short_rows(tmp_path):
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress("\ufeff uid , split\n1,train\n\n2\n".encode()))
     assert list(read_rows(path)) == [{"uid": "1", "split": "train"}, {"uid": "2", "split": ""}]
-    path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(ValueError, match="not a readable CSV file"):
-        list(read_rows(path))
+    whole = path.read_bytes()
+    for damaged in (whole[:30], whole[:12] + b"\xff\xff\xff" + whole[15:], b"<html>", whole[:-8] + bytes(8)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.csv\.gz: damaged gzip file; download it again"):
+            list(read_rows(path))
     with pytest.raises(FileNotFoundError, match="no such file"):
         list(read_rows(tmp_path / "b.csv"))
     (tmp_path / "c.csv").write_bytes(b"uid\n\xff\xfe\n")

@@ -1,0 +1,89 @@
+"""Validation during training: retrieval on a split, shared out over the ranks, the same figure on any number of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imitate_ds.batch import Batch, Features
+from imitate_ds.config import RunConfig
+from imitate_ds.data.loader import build_eval_loader
+from imitate_ds.data.shards import ShardIndex
+from imitate_ds.distributed import gather_rows, training_device, world
+from imitate_ds.metrics import recall_at_k
+
+KS = (1, 5, 10)
+
+
+@torch.no_grad()
+def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, float]:
+    """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
+
+    engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
+    """
+    here, device = world(), training_device()
+    engine.module.eval()
+    loader = build_eval_loader(
+        index,
+        config.data.val_split,
+        input_size=config.data.input_size,
+        batch_size=config.train.micro_batch_size,
+        workers=config.data.workers,
+        impression_text=config.data.impression_text,
+        rank=here.rank,
+        world_size=here.size,
+    )
+    parts: dict[str, list[Tensor]] = {}
+    for batch in loader:
+        rows = retrieval_rows(engine(batch.to(device)), batch) | {"key": key_numbers(batch.keys)}
+        for name, tensor in rows.items():
+            parts.setdefault(name, []).append(gather_rows(tensor.to(device)).cpu())
+    whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    first = first_of_each(whole.pop("key"))  # ranks fill up their last batch with repeats
+    metrics: dict[str, float] = {}
+    for level in ("impression", "findings"):
+        if f"{level}/image" in whole:
+            metrics |= _recalls(level, lambda name, level=level: whole[f"{level}/{name}"][first])
+    return metrics
+
+
+def retrieval_rows(features: Features, batch: Batch) -> dict[str, Tensor]:
+    """level/{image, text, prior, valid} -> rows [B, ...] of one batch of single views."""
+    rows = {
+        "impression/image": features.image_impression[:, 0],
+        "impression/text": features.text_impression,
+        "impression/prior": batch.impression,
+        "impression/valid": batch.has_impression,
+    }
+    if features.image_findings is not None:
+        rows |= {
+            "findings/image": features.image_findings[:, 0],
+            "findings/text": features.text_findings,
+            "findings/prior": batch.findings,
+            "findings/valid": batch.has_findings,
+        }
+    return rows
+
+
+def key_numbers(keys: list[str]) -> Tensor:
+    """Keys are 16 hexadecimal digits: one signed 64-bit integer each, so that they can be gathered."""
+    return torch.tensor([int(key, 16) - 2**63 for key in keys], dtype=torch.int64)
+
+
+def first_of_each(values: Tensor) -> Tensor:
+    """Positions of the first occurrence of every value, ordered by value."""
+    unique, inverse = values.unique(return_inverse=True)
+    first = torch.full_like(unique, len(values))
+    return first.scatter_reduce_(0, inverse, torch.arange(len(values)), reduce="amin")
+
+
+def _recalls(level: str, rows: Callable[[str], Tensor]) -> dict[str, float]:
+    valid = rows("valid")
+    if not valid.any():
+        return {}
+    image, text, prior = (rows(name)[valid].float() for name in ("image", "text", "prior"))
+    groups = prior.unique(dim=0, return_inverse=True)[1]  # equal texts have equal frozen embeddings
+    similarity = image @ text.T
+    recalls = {f"{level}/image_to_text_R@{k}": recall_at_k(similarity, groups, groups, k=k) for k in KS}
+    return recalls | {f"{level}/text_to_image_R@{k}": recall_at_k(similarity.T, groups, groups, k=k) for k in KS}
