@@ -318,12 +318,13 @@ def _write_export(
         raise ValueError(f"{folder}: exists and is not an export; name another folder, or remove it")
     scratch = secrets.token_hex(4)  # two nodes may write the same export
     part = folder.with_name(f".{folder.name}.part-{scratch}")
-    metadata = {"format": "pt", "synthetic": str(settings["synthetic"]).lower()}
+    # one entry: safetensors writes several in random order, and equal models are to be equal files
+    metadata = {"synthetic": str(settings["synthetic"]).lower()}
     part.mkdir(parents=True)
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, part / WEIGHTS, metadata=metadata)
-        save_file(_timm_state(model), part / BACKBONE, metadata=metadata)
+        save_file(_timm_state(model), part / BACKBONE, metadata={"format": "pt"})
         (part / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         (part / PREPROCESSOR).write_text(json.dumps(preprocessing, indent=2) + "\n")
         (part / CARD).write_text(card)

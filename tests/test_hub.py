@@ -81,7 +81,7 @@ def test_the_folder_holds_what_others_need_and_no_pickle(export):
     assert "synthetic" in card
     assert "terms.json` holds words and pairs of words that occur in the training reports" in card
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "synthetic": "true"}
+        assert file.metadata() == {"synthetic": "true"}
 
 
 def test_the_configuration_says_what_the_model_was_trained_on(phantom_shards, tmp_path):

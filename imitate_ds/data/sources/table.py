@@ -248,8 +248,13 @@ def _resolve_columns(path: Path, header: list[str], columns: dict) -> tuple[dict
     """(column of each role that the table has, label name of each label column)."""
     unknown = columns.keys() - set(ROLES)
     if unknown:
-        raise ValueError(f"columns: {', '.join(sorted(unknown))} is not a role; the roles are {', '.join(ROLES)}")
+        raise ValueError(
+            f"columns: {', '.join(sorted(map(str, unknown)))} is not a role; the roles are {', '.join(ROLES)}"
+        )
     labels = columns.pop("labels", "label_")
+    for role, column in [*columns.items(), *([] if isinstance(labels, Sequence) else [("labels", labels)])]:
+        if not isinstance(column, str):
+            raise ValueError(f"columns: {role} = {column!r}: must be the name of a column (labels: or a list of them)")
     require_columns(path, header, columns.values())
     found = {role: role for role in ROLES if role in header} | columns
     if "patient" not in found:
