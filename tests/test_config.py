@@ -33,6 +33,21 @@ def test_wrong_value_names_key_value_and_rule():
     assert "data: must be given" in message({"name": "x"})
 
 
+@pytest.mark.parametrize("share", [[0.0, 1.0], [0.5, 1.2], [0.9, 0.5]])
+def test_a_crop_scale_that_is_no_share_is_refused(share):
+    text = message({**MINIMAL, "data": {**MINIMAL["data"], "augment": {"crop_scale": share}}})
+    assert "data.augment.crop_scale" in text
+    assert "0 < low <= high <= 1" in text
+
+
+def test_values_that_would_fail_late_are_refused_early():
+    assert "optim.lr = inf" in message({**MINIMAL, "optim": {"lr": float("inf")}})
+    assert "optim.betas" in message({**MINIMAL, "optim": {"betas": [0.9, 1.0]}})
+    assert "seed = 5000000000" in message({**MINIMAL, "seed": 5_000_000_000})
+    weights = dict.fromkeys(("image_impression", "image_findings", "views_impression", "views_findings"), 0.0)
+    assert "nothing to learn" in message({**MINIMAL, "objective": {"weights": weights}})
+
+
 def test_findings_terms_need_the_findings_branch():
     assert "objective.weights.image_findings" in message({**MINIMAL, "model": {"aggregation": {"enabled": False}}})
 

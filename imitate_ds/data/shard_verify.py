@@ -8,7 +8,7 @@ from pathlib import Path
 from imitate_ds.data.radiographs import decode_radiograph
 from imitate_ds.data.shard_index import INDEX, ShardEntry, ShardIndex, build_id, file_sha256, load_index, read_shard
 from imitate_ds.data.shard_sample import error_rule
-from imitate_ds.data.text_cache import TEXT_INDEX, load_text_cache
+from imitate_ds.data.text_cache import verify_text
 
 
 def verify_shards(root: Path) -> list[str]:
@@ -23,9 +23,7 @@ def verify_shards(root: Path) -> list[str]:
     problems += _torn_patients(index)
     for shard in index.shards:
         problems += [f"{shard.name}: {problem}" for problem in _shard_problems(index, shard)]
-    if (root / TEXT_INDEX).is_file():
-        problems += [problem for shard in index.shards for problem in _text_problems(root, shard)]
-    return problems
+    return problems + verify_text(root, index)
 
 
 def _torn_patients(index: ShardIndex) -> list[str]:
@@ -76,11 +74,3 @@ def _image_problem(data: bytes, size: int) -> str:
     except (ValueError, OSError) as error:
         return f"cannot be decoded: {error_rule(error)}"
     return "" if shape == (size, size) else f"is {shape[0]} x {shape[1]}, not {size} x {size}"
-
-
-def _text_problems(root: Path, shard: ShardEntry) -> list[str]:
-    try:
-        load_text_cache(root, shard)
-    except (ValueError, FileNotFoundError) as error:
-        return [str(error)]
-    return []

@@ -25,9 +25,6 @@ class TrainViews:
     """
 
     def __init__(self, config: AugmentConfig, input_size: int):
-        low, high = config.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.augment.crop_scale = {config.crop_scale}: must be two shares, 0 < low <= high <= 1")
         self.config = config
         self.input_size = input_size
         self._grid = _pixel_centres(input_size)
