@@ -28,8 +28,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed  # noqa: E402  # reads the environment that was set above
 
-# DeepSpeed 0.19.8 calls a collective by a name that torch 2.14 warns of, once per rank.
-warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*", category=FutureWarning)
+# DeepSpeed 0.19.8 calls two collectives by names that torch 2.14 warns of, once per rank.
+warnings.filterwarnings("ignore", message=r".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
