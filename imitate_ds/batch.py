@@ -4,6 +4,7 @@ One legend of shape letters for the whole program: B studies on this rank, N on 
 S encoder levels, D joint width, E text width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ class Batch(NamedTuple):
         moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
         return self._replace(**moved)
 
+    def split(self, studies: int) -> list["Batch"]:
+        """Consecutive parts of so many studies (the last may be shorter), all of the same step."""
+        starts = range(0, len(self.keys), studies)
+        values = self._asdict().items()
+        return [Batch(*(v if name == "step" else v[start : start + studies] for name, v in values)) for start in starts]
+
 
 class Features(NamedTuple):
     """What the model makes of a batch; every embedding has unit norm and is float32."""
@@ -41,6 +48,16 @@ class Features(NamedTuple):
     view_findings: Tensor | None  # [B, V, D], second channel draw, for the view-to-view term
     text_impression: Tensor  # [B, D]
     text_findings: Tensor  # [B, D]
+    temperature: Tensor | None = None  # [1], of images against texts; None where it is a constant
+
+    @staticmethod
+    def join(parts: Sequence["Features"]) -> "Features":
+        """The whole batch from its parts. Each part's temperature has an equal share in the gradient."""
+        columns = zip(*parts, strict=True)
+        whole = Features(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        if whole.temperature is None:
+            return whole
+        return whole._replace(temperature=whole.temperature.mean(dim=0, keepdim=True))
 
 
 class Losses(NamedTuple):

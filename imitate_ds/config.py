@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -11,6 +12,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Folder = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Pair = Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+def _number_as(name: str) -> Callable[[Any], Any]:
+    return lambda value: {name: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _text_as(name: str) -> Callable[[Any], Any]:
+    return lambda value: {name: value} if isinstance(value, str) else value
+
+
+NO_ACCUMULATION = (
+    "a contrastive loss learns from the samples it sees together, and accumulated batches add none; for a larger batch "
+    "raise train.micro_batch_size, and where memory ends set train.grad_cache_chunk: studies that pass the encoder together"
+)
 
 
 class Section(BaseModel):
@@ -82,13 +97,42 @@ class TermWeights(Section):
     views_findings: float = Field(default=2.0, ge=0)
 
 
+class TemperatureConfig(Section):
+    """Of images against texts. A run file may write the number alone: `temperature: 0.07`."""
+
+    init: float = Field(default=0.07, ge=0.01)
+    learnable: bool = False
+    min: float = Field(default=0.01, ge=0.01)  # a learned temperature stays above; float32 logits lose digits below
+
+    @model_validator(mode="after")
+    def _above_its_floor(self) -> "TemperatureConfig":
+        if self.learnable and not self.init > self.min:
+            raise ValueError(
+                f"init = {self.init}: must be above min = {self.min} to be learned; lower min or raise init"
+            )
+        return self
+
+
+class NegativesConfig(Section):
+    """Whom a study is compared with. A run file may write the scope alone: `negatives: local`."""
+
+    scope: Literal["global", "local"] = "global"  # the samples of every rank, or this rank's own, as published
+    # How ranks meet under the strip-mined backends, to the same result: reduce_scatter gathers the keys, four matrix
+    # products a pair; owner gathers both sides, five products but no gradient on the wire. auto: by the number of nodes.
+    exchange: Literal["auto", "reduce_scatter", "owner"] = "auto"
+
+
 class ObjectiveConfig(Section):
-    temperature: float = Field(default=0.07, gt=0.0)
-    views_temperature: float = Field(default=0.2, gt=0.0)
+    temperature: Annotated[TemperatureConfig, BeforeValidator(_number_as("init"))] = TemperatureConfig()
+    views_temperature: float = Field(default=0.2, ge=0.01)
     prior_strength: float = Field(default=0.2, ge=0)  # lambda; 0 is plain InfoNCE
     target_norm: Literal["none", "row", "ref"] = "ref"
-    negatives: Literal["global", "local"] = "global"
-    backend: Literal["auto", "dense"] = "auto"
+    negatives: Annotated[NegativesConfig, BeforeValidator(_text_as("scope"))] = NegativesConfig()
+    # auto: dense where the batch is small, else triton on CUDA and strips elsewhere.
+    backend: Literal["auto", "dense", "strips", "triton"] = "auto"
+    # What the matrix products of strips and triton read. auto: fp16 on CUDA (gradients within 0.5 %) unless
+    # train.precision is fp32; sums are always fp32.
+    operands: Literal["auto", "fp32", "fp16"] = "auto"
     weights: TermWeights = TermWeights()
 
 
@@ -116,6 +160,9 @@ class TrainConfig(Section):
     epochs: int = Field(default=20, ge=0)  # 0 exports the initial weights
     max_steps: int = Field(default=0, ge=0)  # 0: epochs decide
     micro_batch_size: int = Field(default=128, ge=2)  # studies per rank and step
+    # Studies that pass the encoder together (GradCache), so that micro_batch_size, and with it the negatives, does not
+    # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time.
+    grad_cache_chunk: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_norm: Literal["auto", "sync", "mean", "freeze"] = "auto"  # auto: sync on CUDA, mean elsewhere
     deepspeed: str = "zero1"  # a name in ds_configs/, or the path of a JSON file: ZeRO and communication only
@@ -145,6 +192,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         weights = self.objective.weights
+        chunk, rows = self.train.grad_cache_chunk, self.train.micro_batch_size
+        if chunk and (chunk < 2 or rows % chunk):
+            raise ValueError(
+                f"train.grad_cache_chunk = {chunk}: must be at least 2 and divide train.micro_batch_size = {rows}"
+            )
         if not any(weights.model_dump().values()):
             raise ValueError("objective.weights: all are 0, so there is nothing to learn; make one of them positive")
         if not self.model.aggregation.enabled and (weights.image_findings or weights.views_findings):
@@ -174,7 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             }
         },
         "model": {"aggregation": {"with_replacement": True, "mask_padding": False}},
-        "objective": {"negatives": "local", "target_norm": "none"},
+        "objective": {"negatives": {"scope": "local"}, "target_norm": "none"},
         "optim": {
             "schedule": "cosine_restarts",
             "warmup_share": 0.0,
@@ -275,18 +327,26 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+def _section_at(path: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        section = _section_of(section.model_fields[part].annotation) or section
+    return section
+
+
 def _explain(error: Any) -> str:
     """One pydantic error as `key = value: rule`, with the nearest name for a misspelt key."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)
+    if error["type"] == "extra_forbidden" and "accum" in path[-1]:
+        return f"{key} is not a setting: {NO_ACCUMULATION}"
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = RunConfig
-        for part in path[:-1]:
-            section = _section_of(section.model_fields[part].annotation) or section
-        known = list(section.model_fields)
+        known = list(_section_at(path[:-1]).model_fields)
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key} is not a setting{hint}; {'.'.join(path[:-1]) or 'a run file'} has: {', '.join(known)}"
+    if error["type"] == "model_type" and key:
+        return f"{key} = {error['input']!r}: must be a section of {', '.join(_section_at(path).model_fields)}"
     if error["type"] == "missing":
         return f"{key}: must be given; add it to the run file or pass --set {key}=..."
     rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

@@ -1,19 +1,28 @@
 """Ranks: who we are and how tensors meet. The only place that names torch.distributed.
 
-Which process group: the default one, which under ZeRO data parallelism is the data-parallel group.
+Which process group: the data-parallel one, which the engine names with `use_group`; until then the default one.
 """
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# torch 2.14 warns of the names that torch 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_group: dist.ProcessGroup | None = None
+_nodes: dict[dist.ProcessGroup | None, int] = {}
 
 
 class World(NamedTuple):
@@ -30,7 +39,20 @@ def world() -> World:
     """Where this process stands; a single process when no group was started."""
     if not dist.is_initialized():
         return World(rank=0, size=1, local_rank=0)
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    return World(dist.get_rank(_group), dist.get_world_size(_group), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def use_group(group: dist.ProcessGroup | None) -> None:
+    """From now on `world()` and every exchange below mean this group: the ranks that average their gradients."""
+    global _group
+    _group = group
+
+
+def node_count() -> int:
+    """On how many machines the ranks live. A collective at the first call, so all ranks make it in the same place."""
+    if _group not in _nodes:
+        _nodes[_group] = len(set(gather_objects(socket.gethostname())))
+    return _nodes[_group]
 
 
 def init_world() -> World:
@@ -99,27 +121,121 @@ def leave_world(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate rows [B, ...] of every rank, in rank order, to [N, ...]. No gradient. B must be equal on all ranks."""
-    if world().size == 1:
-        return rows.detach()
-    parts = [torch.empty_like(rows) for _ in range(world().size)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat(parts)
+class RankRows(NamedTuple):
+    """How many rows every rank holds. The rows of all ranks, in rank order, are the whole: N = sum of counts."""
+
+    counts: tuple[int, ...]
+    rank: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's rows lie in the whole."""
+        first = sum(self.counts[: self.rank])
+        return slice(first, first + self.counts[self.rank])
 
 
-def gather_rows_keep_gradient(rows: Tensor) -> Tensor:
+def count_rows(rows: int, **alike: int) -> RankRows:
+    """Tell every rank how many rows this one holds. `alike` are numbers, such as widths, that must not differ.
+
+    A collective. Raises ValueError on all ranks where `alike` differs on one, so that none is left waiting.
+    """
+    here = world()
+    if here.size == 1:
+        return RankRows((rows,), 0)
+    mine = torch.tensor([rows, *alike.values()], dtype=torch.int64, device=_device_of_group())
+    table = torch.empty(here.size * len(mine), dtype=torch.int64, device=mine.device)
+    _all_gather(table, mine, group=_group)
+    counts, *columns = zip(*table.view(here.size, -1).tolist(), strict=True)
+    for name, values in zip(alike, columns, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} = {', '.join(map(str, values))} on ranks 0 to {here.size - 1}: must not differ")
+    return RankRows(counts, here.rank)
+
+
+def start_gather(rows: Tensor, held: RankRows) -> Callable[[], Tensor]:
+    """Begin to concatenate rows [B, ...] of every rank, in rank order; the function that comes back waits for [N, ...].
+
+    Ranks may hold different numbers of rows. No gradient.
+    """
+    rows = rows.detach()
+    if len(held.counts) == 1:
+        return lambda: rows
+    most = max(held.counts)
+    sent = _padded(rows, most)
+    whole = sent.new_empty(most * len(held.counts), *rows.shape[1:])
+    work: Any = _all_gather(whole, sent, group=_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        _ = sent  # alive until the wait: the collective reads it
+        if min(held.counts) == most:
+            return whole
+        return torch.cat([part[:count] for part, count in zip(whole.split(most), held.counts, strict=True)])
+
+    return finish
+
+
+def gather_rows(rows: Tensor, held: RankRows | None = None) -> Tensor:
+    """Concatenate rows [B, ...] of every rank, in rank order, to [N, ...]. No gradient.
+
+    Without `held` every rank must hold equally many.
+    """
+    here = world()
+    return start_gather(rows, held or RankRows((len(rows),) * here.size, here.rank))()
+
+
+def gather_rows_keep_gradient(rows: Tensor, held: RankRows | None = None) -> Tensor:
     """Like gather_rows, with this rank's own rows still attached to the graph.
 
     Every rank then computes the same global loss, and its gradient reaches the rows the rank owns: exact, without a
     collective in backward. What belongs to other ranks' rows is their own business.
     """
     here = world()
-    if here.size == 1:
+    held = held or RankRows((len(rows),) * here.size, here.rank)
+    if len(held.counts) == 1:
         return rows
-    parts = list(gather_rows(rows).chunk(here.size))
-    parts[here.rank] = rows
+    parts = list(gather_rows(rows, held).split(held.counts))
+    parts[held.rank] = rows
     return torch.cat(parts)
+
+
+def sum_to_owner(whole: Tensor, held: RankRows) -> Tensor:
+    """Add up [N, ...] over ranks; each gets the sum of the rows [B, ...] that are its own. No gradient."""
+    if len(held.counts) == 1:
+        return whole
+    most = max(held.counts)
+    sent = whole
+    if min(held.counts) != most:
+        sent = torch.cat([_padded(part, most) for part in whole.split(held.counts)])
+    mine = torch.empty_like(sent[:most])
+    _reduce_scatter(mine, sent.contiguous(), group=_group)
+    return mine[: held.counts[held.rank]]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over ranks, a new tensor, no gradient."""
+    total = values.detach().clone()
+    if world().size > 1:
+        dist.all_reduce(total, group=_group)
+    return total
+
+
+def maximum_over_ranks(values: Tensor) -> Tensor:
+    """The largest of each element over ranks, a new tensor, no gradient."""
+    largest = values.detach().clone()
+    if world().size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group)
+    return largest
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    if len(rows) == count:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def gather_objects(item: object) -> list:
@@ -128,26 +244,20 @@ def gather_objects(item: object) -> list:
     if here.size == 1:
         return [item]
     items: list = [None] * here.size
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_group)
     return items
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over ranks, a new tensor, no gradient."""
-    mean = values.detach().clone()
-    if world().size > 1:
-        dist.all_reduce(mean)
-        mean /= world().size
-    return mean
+    return sum_over_ranks(values) / world().size
 
 
 def max_over_ranks(value: float) -> float:
     """The largest of one number per rank."""
     if world().size == 1:
         return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=_device_of_group())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
+    return maximum_over_ranks(torch.tensor(value, dtype=torch.float64, device=_device_of_group())).item()
 
 
 def broadcast_object(item: T) -> T:
@@ -155,13 +265,13 @@ def broadcast_object(item: T) -> T:
     if world().size == 1:
         return item
     box: list = [item]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group=_group, group_src=0)
     return box[0]
 
 
 def barrier() -> None:
     if world().size > 1:
-        dist.barrier()
+        dist.barrier(group=_group)
 
 
 def _device_of_group() -> torch.device:

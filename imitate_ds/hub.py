@@ -209,7 +209,7 @@ def save_pretrained(
         "format": FORMAT,
         "preset": config.preset,
         "impression_text": config.data.impression_text,  # what the highest level was aligned with
-        "temperature": config.objective.temperature,
+        "temperature": _temperature(model, config),
         "text_width": model.text_width,
         "input_size": config.data.input_size,
         "data": card["data"],
@@ -297,6 +297,11 @@ def _square(path: str | Path, size: int, place: int) -> Tensor:
         raise ValueError(f"images[{place}]: {error}") from None
 
 
+@torch.no_grad()
+def _temperature(model: ImitateModel, config: RunConfig) -> float:
+    return config.objective.temperature.init if model.temperature is None else model.temperature().item()
+
+
 def _text_encoder_settings(folder: Path | None) -> dict[str, Any] | None:
     if folder is None:
         return None
@@ -322,7 +327,11 @@ def _write_export(
     metadata = {"synthetic": str(settings["synthetic"]).lower()}
     part.mkdir(parents=True)
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if not name.startswith("temperature.")  # a number in CONFIG, learned or not
+        }
         save_file(state, part / WEIGHTS, metadata=metadata)
         save_file(_timm_state(model), part / BACKBONE, metadata={"format": "pt"})
         (part / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

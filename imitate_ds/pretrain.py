@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from imitate_ds import hub
-from imitate_ds.batch import Batch, Features
+from imitate_ds.batch import Batch, Features, Losses
 from imitate_ds.config import RunConfig, dump_run_config, load_run_config
 from imitate_ds.data.loader import build_train_loader, build_train_plan
 from imitate_ds.data.shards import ShardIndex, load_index
 from imitate_ds.data.text_cache import text_info
-from imitate_ds.distributed import broadcast_object, init_world, leave_world, training_device, world
+from imitate_ds.distributed import broadcast_object, gather_objects, init_world, leave_world, training_device, world
 from imitate_ds.evaluation.validation import validate
 from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.objective import imitate_loss
+from imitate_ds.objective import exchange_texts, imitate_loss
+from imitate_ds.ops.contrastive import choose_backend
 from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from imitate_ds.training.engine import (
     average_batch_norm_statistics,
@@ -32,6 +33,7 @@ from imitate_ds.training.engine import (
     full_state_dict,
     set_training_mode,
 )
+from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.loop import LoopSettings, StepOutput, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.schedule import learning_rate, restart_period
@@ -51,6 +53,8 @@ FREE_SETTINGS = {
     "train.log_every",
     "train.images_every",
 }
+# Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
+RANKS_OWN = {"data.shards", "data.workers"}
 
 
 class Horizon(NamedTuple):
@@ -78,6 +82,7 @@ def pretrain(config: RunConfig) -> dict[str, float]:
     Everything of the run lies in config.run_dir: config.yaml, checkpoints/, tensorboard/, metrics.jsonl, export/.
     """
     here = init_world()
+    config = _with_operands(config)
     inputs = _open_inputs(config)
     checkpoint = _open_run(config, inputs)
     engine = build_engine(_build_model(config, inputs), config.train, config.optim)
@@ -128,7 +133,7 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
             f"{inputs.text_encoder}); embed with the first one again and go on with --set train.resume=true"
         )
     empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
-    model = ImitateModel(empty, inputs.text_width, input_size=config.data.input_size)
+    model = _model(config.model_copy(update={"model": empty}), inputs)
     model.load_state_dict(state)
     index, horizon = inputs.index, inputs.horizon
     card = {
@@ -143,6 +148,22 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
     }
     encoder = config.data.shards / "text_encoder"
     hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+
+
+def _with_operands(config: RunConfig) -> RunConfig:
+    """objective.operands with `auto` resolved: float16 where that is faster and the run does not insist on float32.
+
+    Raises ValueError for an objective.backend that this device has not, before anything is opened.
+    """
+    try:
+        choose_backend(config.objective.backend, training_device(), samples=1)
+    except ValueError as error:
+        raise ValueError(f"objective.{error}") from None
+    if config.objective.operands != "auto":
+        return config
+    half = training_device().type == "cuda" and config.train.precision != "fp32"
+    objective = config.objective.model_copy(update={"operands": "fp16" if half else "fp32"})
+    return config.model_copy(update={"objective": objective})
 
 
 def _open_inputs(config: RunConfig) -> Inputs:
@@ -168,12 +189,18 @@ def _check_val_split(config: RunConfig, index: ShardIndex) -> None:
 
 def _build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
     torch.manual_seed(config.seed)
-    model = ImitateModel(config.model, inputs.text_width, input_size=config.data.input_size)
+    model = _model(config, inputs)
     return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
+
+
+def _model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+    size, temperature = config.data.input_size, config.objective.temperature
+    return ImitateModel(config.model, inputs.text_width, input_size=size, temperature=temperature)
 
 
 def _open_run(config: RunConfig, inputs: Inputs) -> Path | None:
     """The checkpoint to resume from, if any; the same answer, or refusal, on all ranks."""
+    _check_ranks_agree(config, inputs)
     folder = config.run_dir / "checkpoints"
     problem: str | None = None
     if world().is_main and not config.train.resume and any(folder.glob("step-*")):
@@ -187,6 +214,19 @@ def _open_run(config: RunConfig, inputs: Inputs) -> Path | None:
     if checkpoint:
         _check_same_run(_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
     return checkpoint
+
+
+def _check_ranks_agree(config: RunConfig, inputs: Inputs) -> None:
+    """Raise the same ValueError on every rank where one was given another run: they would wait for each other for ever."""
+    settings = _flat(json.loads(config.model_dump_json())) | _identity(config, inputs)
+    first, *others = gather_objects({key: value for key, value in settings.items() if key not in RANKS_OWN})
+    for rank, other in enumerate(others, start=1):
+        for key in first:
+            if other[key] != first[key]:
+                raise ValueError(
+                    f"{key} = {other[key]!r} on rank {rank}: must be {first[key]!r}, as on rank 0; start every rank with "
+                    "the same run file, overrides and shards"
+                )
 
 
 def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -234,16 +274,34 @@ def _pause(
 
 
 def _step(engine: Any, config: RunConfig, batch: Batch) -> StepOutput:
-    """Forward of one step: features, losses, and how well the micro-batch retrieves itself."""
-    features: Features = engine(batch)
-    losses = imitate_loss(features, batch, config.objective)
+    """Forward and backward of one step, and how well the micro-batch retrieves itself."""
+    features, losses = _forward_and_backward(engine, config, batch)
     scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
-    scalars["temperature"] = losses.total.new_tensor(config.objective.temperature)
+    learned, constant = features.temperature, losses.total.new_tensor(config.objective.temperature.init)
+    scalars["temperature"] = constant if learned is None else learned.squeeze()
     similarity = _similarities(features)
     for level, matrix in similarity.items():
         hits = matrix.argmax(dim=1) == torch.arange(len(matrix), device=matrix.device)
         scalars[f"in_batch_accuracy/{level}"] = hits.float().mean()
-    return StepOutput(losses.total, {k: v.detach() for k, v in scalars.items()}, partial(_pictures, batch, similarity))
+    scalars = {name: value.detach() for name, value in scalars.items()}
+    return StepOutput(scalars["loss"], scalars, partial(_pictures, batch, similarity))
+
+
+def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple[Features, Losses]:
+    """The whole batch at once, or in chunks (train.grad_cache_chunk) to the same loss."""
+    texts = exchange_texts(batch, config.objective)  # on their way while the encoder runs
+
+    def loss_of(features: Features) -> tuple[Tensor, Losses]:
+        losses = imitate_loss(features, batch, config.objective, texts)
+        return losses.total, losses
+
+    chunks = batch.split(config.train.grad_cache_chunk or len(batch.keys))
+    if len(chunks) > 1:
+        return backward_in_chunks(engine, chunks, Features.join, loss_of)
+    features = engine(batch)
+    total, losses = loss_of(features)
+    engine.backward(total)
+    return features, losses
 
 
 def _similarities(features: Features) -> dict[str, Tensor]:

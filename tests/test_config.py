@@ -30,6 +30,10 @@ def test_wrong_value_names_key_value_and_rule():
     assert "optim.lr = -1.0: must be greater than 0" in message({**MINIMAL, "optim": {"lr": -1.0}})
     assert "preset = 'papr'" in message({**MINIMAL, "preset": "papr"})
     assert "train.epochs = 'many'" in message({**MINIMAL, "train": {"epochs": "many"}})
+    assert "optim = 3: must be a section of name, lr, " in message({**MINIMAL, "optim": 3})
+    assert "objective.temperature = 'hot': must be a section of init, learnable, min" in message(
+        {**MINIMAL, "objective": {"temperature": "hot"}}
+    )
     assert "data: must be given" in message({"name": "x"})
 
 
@@ -48,6 +52,36 @@ def test_values_that_would_fail_late_are_refused_early():
     assert "nothing to learn" in message({**MINIMAL, "objective": {"weights": weights}})
 
 
+def test_temperature_and_negatives_may_be_written_short():
+    config = build_run_config({**MINIMAL, "objective": {"temperature": 0.05, "negatives": "local"}})
+    assert (config.objective.temperature.init, config.objective.temperature.learnable) == (0.05, False)
+    assert (config.objective.negatives.scope, config.objective.negatives.exchange) == ("local", "auto")
+    assert "objective.temperature.init = 0.005" in message({**MINIMAL, "objective": {"temperature": 0.005}})
+    learnable = {"init": 0.05, "learnable": True, "min": 0.05}
+    assert "must be above min = 0.05" in message({**MINIMAL, "objective": {"temperature": learnable}})
+
+
+def test_a_preset_can_be_refined_within_a_section():
+    config = build_run_config({**MINIMAL, "preset": "paper", "objective": {"negatives": {"exchange": "owner"}}})
+    assert (config.objective.negatives.scope, config.objective.negatives.exchange) == ("local", "owner")
+
+
+@pytest.mark.parametrize("section", ["train", None])
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "accumulate_grad_batches"])
+def test_gradient_accumulation_is_refused_with_what_to_do_instead(section, name):
+    text = message({**MINIMAL, **({section: {name: 4}} if section else {name: 4})})
+    assert f"{name} is not a setting" in text
+    assert "train.grad_cache_chunk" in text
+    assert "add none" in text
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_chunks_must_divide_the_micro_batch(chunk):
+    text = message({**MINIMAL, "train": {"micro_batch_size": 32, "grad_cache_chunk": chunk}})
+    assert f"train.grad_cache_chunk = {chunk}" in text
+    assert "train.micro_batch_size = 32" in text
+
+
 def test_findings_terms_need_the_findings_branch():
     assert "objective.weights.image_findings" in message({**MINIMAL, "model": {"aggregation": {"enabled": False}}})
 
@@ -61,7 +95,7 @@ def test_run_file_over_preset_and_overrides_over_both(tmp_path):
     assert config.data.augment.rotation == 5.0
     assert config.data.augment.vertical_flip == 0.5  # the preset's
     assert config.data.augment.crop_scale == (0.5, 1.0)
-    assert config.objective.negatives == "local"
+    assert config.objective.negatives.scope == "local"
 
 
 def test_dumped_run_file_gives_the_same_run():

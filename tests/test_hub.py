@@ -1,6 +1,7 @@
 """What leaves comes back: export folders written, loaded, refused, and read by programs that only know timm."""
 
 import json
+import math
 import shutil
 
 import huggingface_hub
@@ -140,6 +141,26 @@ def test_a_radiograph_prepared_for_the_shards_stays_what_it_was(phantom_shards, 
     pixels = torch.frombuffer(bytearray(Image.open(files[0]).tobytes()), dtype=torch.uint8).view(1, 64, 64)
     difference = (model.prepare(files[:1])[0].int() - eval_view(pixels, 48).int()).abs()
     assert difference.float().mean() < 8
+
+
+def test_a_learned_temperature_is_a_number_of_the_configuration(phantom_shards, export, tmp_path, files):
+    config = build_run_config(
+        _config(phantom_shards).model_dump(mode="json") | {"objective": {"temperature": {"learnable": True}}}
+    )
+    torch.manual_seed(0)
+    width, learnable = text_width(phantom_shards), config.objective.temperature
+    network = ImitateModel(config.model, width, input_size=48, temperature=learnable).eval()
+    torch.nn.init.constant_(network.temperature.exponent, -0.5)
+    encoder = phantom_shards / "text_encoder"
+    save_pretrained(network, tmp_path / "export", config=config, text_encoder_folder=encoder, card=CARD)
+    model, constant = load_model(tmp_path / "export"), load_model(export[0])
+    assert model.settings["temperature"] == pytest.approx(0.01 + 0.06 * math.exp(-0.5))
+    assert constant.settings["temperature"] == 0.07
+    weights = (folder / "model.safetensors" for folder in (tmp_path / "export", export[0]))
+    assert len({path.read_bytes() for path in weights}) == 1  # the same names, so any version loads them
+    assert torch.equal(model.encode_image(files), constant.encode_image(files))
+    margins = [loaded.zero_shot(files, PROMPTS)["effusion"].abs() for loaded in (model, constant)]
+    assert (margins[0] > margins[1]).all()  # sharper
 
 
 def test_similarity_of_images_and_texts(export, files):

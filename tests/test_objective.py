@@ -5,12 +5,12 @@ import torch
 from torch.nn.functional import normalize
 
 from imitate_ds.batch import Batch, Features
-from imitate_ds.config import ObjectiveConfig, TermWeights
+from imitate_ds.config import NegativesConfig, ObjectiveConfig, TemperatureConfig, TermWeights
 from imitate_ds.objective import TERMS, imitate_loss
 from imitate_ds.ops.contrastive import clinical_contrastive_loss
 
 STUDIES, JOINT, TEXT = 9, 6, 15
-PUBLISHED = ObjectiveConfig(negatives="local", target_norm="none")
+PUBLISHED = ObjectiveConfig(negatives=NegativesConfig(scope="local"), target_norm="none")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def given() -> tuple[Features, Batch]:
     has_findings, has_impression = torch.arange(STUDIES) != 2, torch.arange(STUDIES) != 5
     batch = Batch(
         keys=[""] * STUDIES,
-        images=torch.empty(0),
+        images=torch.empty(STUDIES, 2, 1, 0, 0),
         findings=findings * has_findings[:, None],
         impression=impression * has_impression[:, None],
         has_findings=has_findings,
@@ -38,7 +38,7 @@ def given() -> tuple[Features, Batch]:
 
 def eight_losses(features: Features, batch: Batch) -> torch.Tensor:
     """The sum as the published program forms it, doubles and all, on the studies that have the text."""
-    d, r, other, t_i, t_f = features
+    d, r, other, t_i, t_f = features[:5]
     concluded, described = batch.has_impression, batch.has_findings
     prior_i, prior_f = batch.impression[concluded], batch.findings[described]
 
@@ -59,13 +59,14 @@ def eight_losses(features: Features, batch: Batch) -> torch.Tensor:
     )
 
 
-def test_total_is_the_published_sum_of_eight(given):
+@pytest.mark.parametrize("backend", ["dense", "strips"])
+def test_total_is_the_published_sum_of_eight(given, backend):
     features, batch = given
-    losses = imitate_loss(features, batch, PUBLISHED)
+    losses = imitate_loss(features, batch, PUBLISHED.model_copy(update={"backend": backend}))
     expected = eight_losses(features, batch)
     torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(
-        torch.autograd.grad(losses.total, features), torch.autograd.grad(expected, features), strict=True
+        torch.autograd.grad(losses.total, features[:5]), torch.autograd.grad(expected, features[:5]), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
@@ -83,7 +84,12 @@ def test_weights_weigh_and_zero_leaves_out(given):
 def test_settings_reach_the_loss(given):
     features, batch = given
     base = imitate_loss(features, batch, PUBLISHED)
-    changes = [{"temperature": 0.1}, {"views_temperature": 0.3}, {"prior_strength": 1.0}, {"target_norm": "row"}]
+    changes = [
+        {"temperature": TemperatureConfig(init=0.1)},
+        {"views_temperature": 0.3},
+        {"prior_strength": 1.0},
+        {"target_norm": "row"},
+    ]
     changed = [
         {name for name in TERMS if getattr(losses, name) != getattr(base, name)}
         for losses in (imitate_loss(features, batch, PUBLISHED.model_copy(update=change)) for change in changes)
@@ -99,7 +105,8 @@ def test_settings_reach_the_loss(given):
 
 def test_global_on_one_rank_is_local(given):
     features, batch = given
-    both = [imitate_loss(features, batch, PUBLISHED.model_copy(update={"negatives": n})) for n in ("local", "global")]
+    scopes = (NegativesConfig(scope=scope) for scope in ("local", "global"))
+    both = [imitate_loss(features, batch, PUBLISHED.model_copy(update={"negatives": n})) for n in scopes]
     assert torch.equal(both[0].total, both[1].total)
 
 
@@ -112,3 +119,27 @@ def test_a_single_view_has_no_views_terms(given):
     losses = imitate_loss(single, batch, PUBLISHED.model_copy(update={"weights": weights}))
     assert losses.views_impression == 0
     assert losses.total == losses.image_impression + losses.image_findings
+
+
+def test_a_learned_temperature_is_that_of_images_against_texts(given):
+    features, batch = given
+    constant = imitate_loss(features, batch, PUBLISHED.model_copy(update={"temperature": TemperatureConfig(init=0.1)}))
+    learned = features._replace(temperature=torch.tensor([0.1], requires_grad=True))
+    losses = imitate_loss(learned, batch, PUBLISHED)
+    torch.testing.assert_close(losses.total, constant.total)
+    losses.total.backward()
+    assert learned.temperature is not None
+    assert learned.temperature.grad is not None
+    assert learned.temperature.grad.abs() > 1
+
+
+@pytest.mark.parametrize("backend", ["dense", "strips"])
+def test_nan_is_never_hidden(given, backend):
+    features, batch = given
+    broken = features.image_impression.detach().clone()
+    broken[1, 0, 2] = torch.nan
+    losses = imitate_loss(
+        features._replace(image_impression=broken), batch, PUBLISHED.model_copy(update={"backend": backend})
+    )
+    assert losses.total.isnan()
+    assert losses.image_findings.isfinite()

@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
+import imitate_ds.pretrain
 from imitate_ds import load_model
 from imitate_ds.config import load_run_config
 from imitate_ds.data.shards import load_index
 from imitate_ds.evaluate import evaluate_retrieval
 from imitate_ds.evaluation.validation import validate
-from imitate_ds.pretrain import pretrain
+from imitate_ds.pretrain import _check_ranks_agree, _open_inputs, _with_operands, pretrain
 from tests.launching import finish, run, start
 
 GOLDEN_STEPS = 10
@@ -124,6 +125,22 @@ def test_killed_rank_then_resume_equals_the_undisturbed_run(run_file):
     assert {k: v for k, v in last.items() if "R@" in k} == {k: v for k, v in expected.items() if "R@" in k}
 
 
+def test_two_ranks_in_chunks_equal_one_rank_with_the_whole_batch(run_file):
+    """With a learned temperature, in a model whose steps do not depend on how a batch is cut."""
+    common = {"epochs": 1, "max_steps": 2, "eval_every": 0, "batch_norm": "freeze"}
+    settings = ("--set", "model.projection_norm=layer", "--set", "objective.temperature={learnable: true}")
+    path, folder = run_file("chunks", train={**common, "grad_cache_chunk": 6})
+    run("imitate_ds.pretrain", "--config", str(path), *settings)
+    path, whole = run_file("whole", train={**common, "micro_batch_size": 36})
+    run("imitate_ds.pretrain", "--config", str(path), *settings, ranks=1)
+    for found, wanted in zip(records(folder), records(whole), strict=True):
+        for name in ("loss", "image_findings", "gradient_norm", "temperature"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-4)
+    first, second = (step["temperature"] for step in records(folder))
+    assert first == pytest.approx(0.07)
+    assert len({first, second, load_model(folder / "export").settings["temperature"]}) == 3  # each step teaches it
+
+
 def refusal(path, *overrides):
     arguments = [part for item in overrides for part in ("--set", item)]
     ((status, output),) = finish(start("imitate_ds.pretrain", "--config", str(path), *arguments, ranks=1))
@@ -154,11 +171,37 @@ def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_pa
     shutil.copytree(phantom_shards, bare, ignore=shutil.ignore_patterns("text*", "*.safetensors"))
     refused(FileNotFoundError, "imitate-ds shards embed", f"data.shards={bare}")
     refused(ValueError, r"train\.micro_batch_size", "train.micro_batch_size=4096")
+    refused(ValueError, r"objective\.backend = 'triton': .*use auto, or strips", "objective.backend=triton")
     refused(ValueError, r"data\.val_split = 'vall'", "data.val_split=vall")
     assert not folder.exists()
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     refused(ValueError, r"train\.resume=true")
     refused(ValueError, "none of the checkpoints", "train.resume=true")
+
+
+def test_ranks_that_were_given_different_runs_are_refused_alike(run_file, phantom_shards, monkeypatch):
+    config = load_run_config(run_file("mixed")[0])
+    inputs = _open_inputs(config)
+
+    def check(said_by_the_other):
+        monkeypatch.setattr(
+            imitate_ds.pretrain, "gather_objects", lambda mine: [mine, mine, {**mine, **said_by_the_other}]
+        )
+        _check_ranks_agree(config, inputs)
+
+    check({})
+    with pytest.raises(ValueError, match=r"train\.log_every = 7 on rank 2: must be 1, as on rank 0"):
+        check({"train.log_every": 7})
+    with pytest.raises(ValueError, match="shards = 'x' on rank 2"):
+        check({"shards": "x"})
+
+
+def test_operands_are_settled_before_the_run_begins(run_file):
+    config = load_run_config(run_file("operands")[0], ["train.precision=bf16"])
+    assert config.objective.operands == "auto"
+    assert _with_operands(config).objective.operands == "fp32"  # no CUDA here
+    asked = load_run_config(run_file("operands")[0], ["objective.operands=fp16"])
+    assert _with_operands(asked) == asked
 
 
 def test_one_clear_line_and_status_2(run_file):

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from imitate_ds.batch import Batch, Features
-from imitate_ds.config import ModelConfig
+from imitate_ds.config import ModelConfig, TemperatureConfig
 from imitate_ds.models.aggregation import HierarchicalAggregation, draw_seed
 from imitate_ds.models.image_encoder import ImageEncoder
 from imitate_ds.models.projection import ProjectionHead
+from imitate_ds.models.temperature import LearnableTemperature
 
 
 class FindingsBranch(nn.Module):
@@ -31,8 +32,18 @@ class ImitateModel(nn.Module):
     activation checkpointing would fail on it.
     """
 
-    def __init__(self, config: ModelConfig, text_width: int, *, input_size: int | None = None):
-        """text_width: width of the frozen text embeddings. input_size: pixels, for encoders that must know (ViT)."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        text_width: int,
+        *,
+        input_size: int | None = None,
+        temperature: TemperatureConfig | None = None,
+    ):
+        """text_width: width of the frozen text embeddings. input_size: pixels, for encoders that must know (ViT).
+
+        temperature: the model learns it if that says so. Only training asks; an export holds the number.
+        """
         super().__init__()
         self.config = config
         self.text_width = text_width
@@ -43,6 +54,7 @@ class ImitateModel(nn.Module):
         enabled = config.aggregation.enabled
         self.findings_branch = FindingsBranch(self.image_encoder.channels, config) if enabled else None
         self.text_projection = ProjectionHead(text_width, config.text_hidden, joint, norm)
+        self.temperature = LearnableTemperature(temperature) if temperature and temperature.learnable else None
 
     def forward(self, batch: Batch) -> Features:
         """All B * V views go through the backbone and each head together, so a BatchNorm sees both views at once.
@@ -60,7 +72,8 @@ class ImitateModel(nn.Module):
             first = second = self._findings(levels)
         by_study = [rows if rows is None else rows.view(studies, views, -1) for rows in (impression, first, second)]
         text_impression, text_findings = self._texts(batch)
-        return Features(*by_study, text_impression, text_findings)  # type: ignore[arg-type]
+        temperature = None if self.temperature is None else self.temperature()
+        return Features(*by_study, text_impression, text_findings, temperature)  # type: ignore[arg-type]
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """uint8 [B, 1, H, W] -> impression [B, D] and findings [B, D] (or None) as unit rows, pooled last level [B, C].

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imitate_ds.config import OptimConfig, TrainConfig
-from imitate_ds.distributed import mean_over_ranks, training_device, world
+from imitate_ds.config import NO_ACCUMULATION, OptimConfig, TrainConfig
+from imitate_ds.distributed import mean_over_ranks, training_device, use_group, world
 
 # Kernels that DeepSpeed compiles lie on a node-local disk, one folder per version: a stale lock on a shared one hangs
 # every rank for ever, and so does one that a killed compilation left here. Set before the import reads it.
@@ -61,6 +63,8 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"train.deepspeed = {name!r}: {path} is not valid JSON: {error}") from None
+    if accumulates := [key for key in values if key in ("gradient_accumulation_steps", "train_batch_size")]:
+        raise ValueError(f"train.deepspeed = {name!r}: {accumulates[0]} is not allowed in {path}; {NO_ACCUMULATION}")
     unknown = sorted(set(values) - DEEPSPEED_KEYS)
     if unknown:
         raise ValueError(
@@ -85,6 +89,11 @@ def deepspeed_config(train: TrainConfig, optim: OptimConfig, *, has_batch_norm: 
         raise ValueError(
             f"train.precision = 'fp16': a model with BatchNorm needs fp16 autocast, whose loss scale DeepSpeed gets wrong "
             f"at ZeRO {zero_stage(ds_json)}; use train.deepspeed: zero0, or train.precision: bf16"
+        )
+    if train.precision == "fp16" and not has_batch_norm and zero_stage(ds_json) == 0:
+        raise ValueError(
+            "train.precision = 'fp16': without ZeRO, DeepSpeed divides gradients by a loss scale that it has never "
+            "multiplied by; use train.deepspeed: zero1, or train.precision: bf16"
         )
     config = {
         **ds_json,
@@ -193,6 +202,34 @@ def average_batch_norm_statistics(model: nn.Module) -> None:
             module.running_var.copy_(mean_over_ranks(module.running_var))
 
 
+@contextmanager
+def hold_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Forward passes in here leave running statistics and their counters alone; what they compute is the same."""
+    held = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.training and m.track_running_stats]
+    for module in held:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in held:
+            module.track_running_stats = True
+
+
+@contextmanager
+def one_reduction(engine: Any) -> Iterator[None]:
+    """Backward passes in here add up on each rank; the sum meets those of the other ranks once, at the end.
+
+    Until then every rank holds its whole gradient, at ZeRO-2 and 3 too, in the precision of the weights.
+    """
+    if engine.zero_optimization_stage() > 0:
+        with engine.coalesce_grad_reduction():
+            yield
+    else:  # which DeepSpeed's own context refuses
+        with engine.no_sync():
+            yield
+        engine.allreduce_gradients()
+
+
 def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> Any:
     """Hand the model to DeepSpeed. What must not train has to be frozen before this: afterwards weights still move."""
     device = training_device()
@@ -206,7 +243,21 @@ def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> An
     offloaded = "offload_optimizer" in config.get("zero_optimization", {})
     optimizer = build_optimizer(model, optim, on_cuda=device.type == "cuda", offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    use_group(engine.data_parallel_group)  # type: ignore[arg-type]
+    if train.grad_cache_chunk:
+        _check_one_reduction(engine, train)
     return engine
+
+
+def _check_one_reduction(engine: Any, train: TrainConfig) -> None:
+    """DeepSpeed's own refusal would come in the first step, and names no setting."""
+    stage = engine.zero_optimization_stage()
+    if stage > 0 and not hasattr(engine.optimizer, "_coalesce_grad_reduction"):
+        raise ValueError(
+            f"train.grad_cache_chunk = {train.grad_cache_chunk}: DeepSpeed's {type(engine.optimizer).__name__}, which "
+            f"train.deepspeed = {train.deepspeed!r} and train.precision = {train.precision!r} lead to, cannot add up "
+            "gradients of chunks; use train.deepspeed: zero2, or set train.grad_cache_chunk: 0"
+        )
 
 
 def take_step(engine: Any) -> Tensor | float:

@@ -25,9 +25,9 @@ class Movable(Protocol):
 
 
 class StepOutput(NamedTuple):
-    """What one step's forward gives the loop."""
+    """What the forward and backward passes of one step leave to the loop; the gradients are in the engine."""
 
-    loss: Tensor  # scalar with gradient
+    loss: Tensor  # detached scalar
     scalars: dict[str, Tensor]  # detached, on the device; averaged over ranks when logged
     pictures: Callable[[], Mapping[str, Tensor]]  # called only when pictures are due, on rank 0
 
@@ -51,7 +51,9 @@ def train_steps(
     settings: LoopSettings,
     pause: Callable[[int], None],
 ) -> None:
-    """Run one optimizer step for every batch. `pause(done)` evaluates and saves, where settings.pauses_at says so.
+    """Run one optimizer step for every batch: step_fn goes forward and backward, the engine steps.
+
+    `pause(done)` evaluates and saves, where settings.pauses_at says so.
 
     Raises FloatingPointError for a loss or gradient that is not finite: found when logged, and before any pause, so
     that nothing is saved after one.
@@ -66,11 +68,10 @@ def train_steps(
         torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + world().rank)
         set_learning_rate(engine, learning_rate(step))
         output = step_fn(batch.to(device))
-        engine.backward(output.loss)
         norm = take_step(engine)
         done = step + 1
         clock.samples += len(batch.keys) * world().size
-        unsound |= ~output.loss.detach().isfinite()
+        unsound |= ~output.loss.isfinite()
         if not settings.skips_overflow:
             unsound |= ~torch.as_tensor(norm, device=device).isfinite()
         pauses = settings.pauses_at(done)
@@ -89,7 +90,7 @@ def train_steps(
 def _log(output: StepOutput, steady: dict[str, float], monitor: Monitor, done: int, clock: "_Clock") -> None:
     """One trip to the host for everything that is logged."""
     names = sorted(output.scalars)
-    values = mean_over_ranks(torch.stack([output.scalars[name].detach().float() for name in names])).tolist()
+    values = mean_over_ranks(torch.stack([output.scalars[name].float() for name in names])).tolist()
     scalars = dict(zip(names, values, strict=True))
     rate, waiting = clock.read()
     scalars |= {**steady, "studies_per_second": rate, "data_wait_share": max_over_ranks(waiting)}

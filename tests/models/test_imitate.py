@@ -77,14 +77,14 @@ def test_autocast_keeps_unit_rows_in_float32():
     network = model()
     with torch.autocast("cpu", torch.bfloat16):
         features = network(batch())
-        assert all(is_unit(rows) for rows in features)
+        assert all(is_unit(rows) for rows in features if rows is not None)
         losses = imitate_loss(features, batch(), ObjectiveConfig())
     assert all(loss.dtype == torch.float32 for loss in losses)
 
 
 def test_layer_norm_model_runs_in_bfloat16_throughout():
     network = model("convnext_atto", projection_norm="layer").bfloat16()
-    assert all(is_unit(rows) for rows in network(batch()))
+    assert all(is_unit(rows) for rows in network(batch()) if rows is not None)
 
 
 def test_the_step_decides_the_channels():

@@ -8,9 +8,14 @@ import torch
 from torch.nn.functional import normalize
 
 from imitate_ds.ops.contrastive import clinical_contrastive_loss
-from imitate_ds.ops.contrastive_reference import pearson, soft_targets
+from imitate_ds.ops.contrastive_reference import pearson, soft_targets, softness
 
 ROWS, WIDTH, TEXT = 13, 8, 21
+
+
+def targets_of(prior, valid, *, temperature, prior_strength, target_norm):
+    shared = softness(prior, valid, prior.dtype, prior_strength=prior_strength, target_norm=target_norm)
+    return soft_targets(shared, valid, prior.dtype, temperature=temperature, target_norm=target_norm)
 
 
 @pytest.fixture
@@ -64,9 +69,8 @@ def test_gradient_is_that_of_the_closed_form(samples):
     clinical_contrastive_loss(query, keys, prior, temperature=0.07).backward()
     x, y = query.detach(), keys.detach()
     z = x @ y.T / 0.07
-    t = soft_targets(
-        prior, torch.ones(ROWS, dtype=torch.bool), x.dtype, temperature=0.07, prior_strength=0.2, target_norm="none"
-    )
+    everyone = torch.ones(ROWS, dtype=torch.bool)
+    t = targets_of(prior, everyone, temperature=0.07, prior_strength=0.2, target_norm="none")
     mass = t.sum(dim=1)
     g = (mass[:, None] * z.softmax(dim=1) + mass[None, :] * z.softmax(dim=0) - 2 * t) / ROWS
     torch.testing.assert_close(query.grad, g @ y / 0.07, rtol=1e-12, atol=1e-14)
@@ -115,7 +119,7 @@ def test_row_norm_divides_both_directions_by_the_same_sums(samples):
     query, keys, prior = samples
     valid = torch.arange(ROWS) != 7
     everyone = {"temperature": 0.2, "prior_strength": 5.0}
-    targets = soft_targets(prior, valid, prior.dtype, target_norm="none", **everyone)
+    targets = targets_of(prior, valid, target_norm="none", **everyone)
     torch.testing.assert_close(targets, targets.T)
     kept = targets[valid][:, valid]
     shares = kept / kept.sum(dim=1, keepdim=True)
@@ -131,8 +135,7 @@ def test_ref_norm_is_the_published_loss_at_128_rows():
         prior = torch.randn(rows, TEXT, generator=generator, dtype=torch.float64)
         valid = torch.ones(rows, dtype=torch.bool)
         none, ref = (
-            soft_targets(prior, valid, prior.dtype, temperature=0.07, prior_strength=0.2, target_norm=norm)
-            for norm in ("none", "ref")
+            targets_of(prior, valid, temperature=0.07, prior_strength=0.2, target_norm=norm) for norm in ("none", "ref")
         )
         identity = torch.eye(rows, dtype=prior.dtype)
         torch.testing.assert_close(ref - identity, (none - identity) * 128 / rows, rtol=1e-13, atol=0)
@@ -141,7 +144,7 @@ def test_ref_norm_is_the_published_loss_at_128_rows():
 def test_ref_norm_counts_valid_rows(samples):
     valid = torch.arange(ROWS) < 4
     options = {"temperature": 0.07, "prior_strength": 0.2}
-    none, ref = (soft_targets(samples[2], valid, torch.float64, target_norm=n, **options) for n in ("none", "ref"))
+    none, ref = (targets_of(samples[2], valid, target_norm=n, **options) for n in ("none", "ref"))
     off = ~torch.eye(ROWS, dtype=torch.bool)
     torch.testing.assert_close(ref[off], none[off] * 32, rtol=1e-13, atol=0)
 

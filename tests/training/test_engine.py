@@ -74,6 +74,15 @@ def test_resume_is_exact(two_ranks, stage):
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_chunks_give_the_step_of_the_whole_batch(two_ranks, stage):
+    for rank in two_ranks[1]:
+        whole, (losses, norms) = rank[f"zero{stage}"], rank[f"zero{stage}"]["chunked"]
+        assert losses == pytest.approx(whole["losses"], rel=2e-5)
+        assert norms == pytest.approx(whole["norms"], rel=2e-5)
+        assert max(whole["apart"].values()) < 2e-5
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_bf16_autocast_trains_a_model_with_batch_norm(two_ranks, one_process, stage):
     losses = two_ranks[1][0][f"zero{stage}"]["bf16"]
     assert all(0 < loss < 100 for loss in losses)
@@ -95,6 +104,12 @@ def test_fp16_with_batch_norm_is_refused_where_deepspeed_gets_the_loss_scale_wro
         deepspeed_config(TrainConfig(precision="fp16", deepspeed="zero1"), OptimConfig(), has_batch_norm=True)
     zero0 = deepspeed_config(TrainConfig(precision="fp16", deepspeed="zero0"), OptimConfig(), has_batch_norm=True)
     assert zero0["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+
+
+def test_fp16_without_batch_norm_is_refused_without_zero():
+    with pytest.raises(ValueError, match=r"train\.precision = 'fp16': without ZeRO"):
+        deepspeed_config(TrainConfig(precision="fp16", deepspeed="zero0"), OptimConfig(), has_batch_norm=False)
+    assert deepspeed_config(TrainConfig(precision="fp16"), OptimConfig(), has_batch_norm=False)["fp16"]["enabled"]
 
 
 def test_every_file_in_ds_configs_is_valid(repository):
@@ -129,6 +144,10 @@ def test_unknown_deepspeed_key_is_refused(tmp_path):
     path.write_text('{"zero_optimisation": {"stage": 2}}')
     with pytest.raises(ValueError, match="zero_optimisation is not allowed"):
         load_deepspeed_json(str(path))
+    for key in ("gradient_accumulation_steps", "train_batch_size"):
+        path.write_text(json.dumps({key: 8}))
+        with pytest.raises(ValueError, match=rf"{key} is not allowed .*train\.grad_cache_chunk"):
+            load_deepspeed_json(str(path))
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load_deepspeed_json(str(path))

@@ -21,9 +21,6 @@ class PlainEngine:
         self.module = nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
 
-    def backward(self, loss):
-        loss.backward()
-
     def step(self):
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -55,7 +52,8 @@ def train(tmp_path, batches, pauses_at, **settings):
 
     def step_fn(batch):
         loss = engine.module(torch.ones(2, 2)).square().mean() * (float("nan") if batch.bad else 1.0)
-        return StepOutput(loss, {"loss": loss.detach()}, lambda: {"x": torch.zeros(1, 2, 2)})
+        loss.backward()
+        return StepOutput(loss.detach(), {"loss": loss.detach()}, lambda: {"x": torch.zeros(1, 2, 2)})
 
     monitor = Monitor(tmp_path, start_step=0, total_steps=10, speaks=True, console=Console(file=io.StringIO()))
     values = {

@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from imitate_ds.batch import Batch
-from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from imitate_ds.batch import Batch, Features, Losses
+from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig, TrainConfig
 from imitate_ds.distributed import barrier, init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
+from imitate_ds.training.grad_cache import backward_in_chunks
 
 STEPS, STUDIES, TEXT_WIDTH, SIZE = 4, 8, 16, 32
-OBJECTIVE = ObjectiveConfig(target_norm="ref", negatives="global")
+OBJECTIVE = ObjectiveConfig(target_norm="ref", temperature=TemperatureConfig(learnable=True))
 OPTIM = OptimConfig(lr=1e-3, grad_clip=1.0)
 MODEL = ModelConfig.model_validate(
     {
@@ -34,7 +36,7 @@ MODEL = ModelConfig.model_validate(
 
 def build_model() -> ImitateModel:
     torch.manual_seed(0)
-    return ImitateModel(MODEL, TEXT_WIDTH, input_size=SIZE)
+    return ImitateModel(MODEL, TEXT_WIDTH, input_size=SIZE, temperature=OBJECTIVE.temperature)
 
 
 def global_batch(step: int) -> Batch:
@@ -57,24 +59,35 @@ def rank_batch(step: int, rank: int, world_size: int) -> Batch:
     return Batch(*(value[rows] if name != "step" else value for name, value in whole._asdict().items()))
 
 
-def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze") -> TrainConfig:
+def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze", chunk: int = 0) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "micro_batch_size": STUDIES // 2,
             "deepspeed": f"zero{stage}",
             "batch_norm": batch_norm,
             "precision": precision,
+            "grad_cache_chunk": chunk,
         }
     )
 
 
-def train(engine, rank: int, world_size: int, steps: range, policy: str = "freeze") -> tuple[list[float], list[float]]:
+def train(
+    engine, rank: int, world_size: int, steps: range, policy: str = "freeze", chunk: int = 0
+) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in steps:
         set_training_mode(engine.module, policy)
         batch = rank_batch(step, rank, world_size)
-        loss = imitate_loss(engine(batch), batch, OBJECTIVE).total
-        engine.backward(loss)
+
+        def loss_of(features: Features, batch: Batch = batch) -> tuple[Tensor, Losses]:
+            terms = imitate_loss(features, batch, OBJECTIVE)
+            return terms.total, terms
+
+        if chunk:
+            loss = backward_in_chunks(engine, batch.split(chunk), Features.join, loss_of)[1].total
+        else:
+            loss = loss_of(engine(batch))[0]
+            engine.backward(loss)
         norms.append(float(take_step(engine)))
         losses.append(loss.item())
     return losses, norms
@@ -100,6 +113,10 @@ def main(out: Path) -> None:
         assert load_checkpoint(again, checkpoint) == {"step": 2} == read_state(checkpoint)
         resumed = train(again, here.rank, here.size, range(2, STEPS))
 
+        cached = build_engine(build_model(), train_config(stage, chunk=2), OPTIM)
+        chunked = train(cached, here.rank, here.size, range(STEPS), chunk=2)
+        apart = {name: (rows - state[name]).abs().max().item() for name, rows in full_state_dict(cached).items()}
+
         autocast = build_engine(build_model(), train_config(stage, "bf16", "mean"), OPTIM)
         half = train(autocast, here.rank, here.size, range(2), "mean")[0]
         if here.is_main:
@@ -109,6 +126,8 @@ def main(out: Path) -> None:
             "norms": norms + more[1],
             "resumed": resumed[0],
             "embedding": embedding,
+            "chunked": chunked,
+            "apart": apart,
             "bf16": half,
         }
         barrier()
