@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imitate_ds.distributed import RankRows, gather_rows_keep_gradient, node_count, scale_gradient
-from imitate_ds.ops.contrastive_reference import TARGET_NORMS, Pair, dense_contrastive_losses
+from imitate_ds.ops.contrastive_reference import TARGET_NORMS, Pair, dense_contrastive_losses, embedding_dtype
 from imitate_ds.ops.contrastive_strips import TORCH_STAGES, Task, strip_contrastive_losses
 
 BACKENDS = ("dense", "strips", "triton")
@@ -45,7 +45,8 @@ def clinical_contrastive_losses(
     "strips" and "triton", to the same result. Without `rows`, N = B.
 
     backend "dense" holds [N, N] matrices; "strips" and "triton" are linear in memory and compute their gradient in
-    forward, so that a second derivative is an error. operands "fp16" rounds what their matrix products read.
+    forward, so that a second derivative is an error. operands "fp16" rounds what their matrix products read; "fp32" is
+    what torch.backends.cuda.matmul makes of it (not TF32, unless you allowed that).
 
     Returns [len(pairs)]: mean over valid rows, sum of the two directions; float64 for float64 embeddings, else float32.
     Embeddings that are not finite make the loss NaN; no norm but the unit norm is meant, but any is computed exactly.
@@ -61,7 +62,7 @@ def clinical_contrastive_losses(
     _check_choice("operands", operands, OPERANDS)
     _check_choice("exchange", exchange, ("auto", *EXCHANGES))
     device = pairs[0].query.device
-    backend = choose_backend(backend, device, rows.total)
+    backend = choose_backend(backend, device, rows.total, embedding_dtype(pairs))
     if valid is None:
         valid = torch.ones(rows.total, dtype=torch.bool, device=device)
     if backend == "dense":
@@ -84,16 +85,17 @@ def clinical_contrastive_loss(
     return clinical_contrastive_losses([Pair(query, keys, temperature)], prior, **options)[0]
 
 
-def choose_backend(backend: str, device: torch.device, samples: int) -> str:
+def choose_backend(backend: str, device: torch.device, samples: int, dtype: torch.dtype = torch.float32) -> str:
     """What "auto" means for so many samples on this device; raises ValueError for what cannot run there."""
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    if backend == "triton" and (problem := _triton_problem(device)):
+    problem = _triton_problem(device, dtype)
+    if backend == "triton" and problem:
         raise ValueError(f"backend = 'triton': {problem}; use auto, or strips")
     if backend != "auto":
         return backend
     if samples**2 <= DENSE_LOGITS:
         return "dense"
-    return "strips" if _triton_problem(device) else "triton"
+    return "strips" if problem or device.type != "cuda" else "triton"
 
 
 def choose_exchange(exchange: str, rows: RankRows) -> str:
@@ -103,7 +105,9 @@ def choose_exchange(exchange: str, rows: RankRows) -> str:
     return "owner" if len(rows.counts) > 1 and node_count() > 1 else "reduce_scatter"
 
 
-def _triton_problem(device: torch.device) -> str:
+def _triton_problem(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "its kernels compute in float32, and the embeddings are float64"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; it comes with torch on Linux)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # set, its interpreter runs them on a CPU

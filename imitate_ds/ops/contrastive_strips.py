@@ -28,6 +28,7 @@ NEVER = -1e30  # added to a logit that takes no part: its exponential is 0, and 
 STRIP_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 STRIP_ROWS = (512, 4096)
 BUFFER_BYTES = 640 * 2**20
+SCRATCH = ("z", "q", "spare", "half")
 
 
 class Direction(NamedTuple):
@@ -45,6 +46,7 @@ class Stages(NamedTuple):
     q_strip: Callable[..., Tensor]
     sumexp_strip: Callable[..., tuple[Tensor, Tensor, Tensor]]
     g_strip: Callable[..., Tensor]
+    spare: bool = True  # whether they need a strip to work in; without, they are given an empty one
 
 
 def q_strip(correlation: Tensor, spare: Tensor, *, prior_strength: float, first: int) -> Tensor:
@@ -180,6 +182,8 @@ class _Group:
         self.pairs = range(len(temperatures))
         self.dtype, self.half = sides[0].dtype, task.operands == "fp16"
         self.buffers = _Buffers(len(sides[0]), task.rows.total, self.dtype, task.valid.device)
+        if not task.stages.spare:
+            self.buffers.do_without("spare")
 
         # Alone, nobody has to be spared a message, and reduce_scatter needs one product less.
         owner = task.exchange == "owner" and not self._alone
@@ -322,7 +326,7 @@ class _Group:
         """scale * G of a strip, as operand, and what its targets agree with; overwrites the logits."""
         first = self.own.start + strip.start
         here = Direction(*(numbers[first : first + len(logits)] for numbers in rows))
-        out = torch.empty_like(logits, dtype=torch.float16) if self.half else logits
+        out = self.buffers.scratch("half", strip) if self.half else logits
         options = {"rows": here, "columns": columns, "softness": softness, "scale": self.scale, "first": first}
         agreement = self.stages.g_strip(logits, q, self.buffers.scratch("spare", strip), out, **options)
         return (logits.copy_(out) if self.half and not out.is_cuda else out), agreement
@@ -346,16 +350,21 @@ class _Buffers:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
         one = columns * dtype.itemsize
         least, most = STRIP_ROWS
-        height = max(1, min(rows, max(least, min(most, STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"]) // one))))
+        allowed = STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"]) // one
+        height = max(1, min(rows, max(least, min(most, allowed))))
         self.strips = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
         self._new = partial(torch.empty, height, columns, dtype=dtype, device=device)
-        self._free = BUFFER_BYTES // (height * one) - 3  # three kinds of scratch
+        self._free = BUFFER_BYTES // (height * one) - len(SCRATCH)
         self._scratch: dict[str, Tensor] = {}
         self._kept: dict[tuple, Tensor] = {}
 
+    def do_without(self, kind: str) -> None:
+        self._scratch[kind] = self._new()[:0]
+        self._free += 1
+
     def scratch(self, kind: str, strip: slice) -> Tensor:
         if kind not in self._scratch:
-            self._scratch[kind] = self._new()
+            self._scratch[kind] = self._new(dtype=torch.float16) if kind == "half" else self._new()
         return self._scratch[kind][: strip.stop - strip.start]
 
     def take(self, name: tuple, strip: slice) -> Tensor:

@@ -68,3 +68,10 @@ def test_exchange_follows_the_nodes(monkeypatch):
         assert choose_exchange("auto", ranks) == expected
         assert choose_exchange("owner", ranks) == "owner"
     assert choose_exchange("auto", RankRows((4,), 0)) == "reduce_scatter"
+
+
+def test_float64_has_no_triton():
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", cuda, 10**4, torch.float64) == "strips"
+    with pytest.raises(ValueError, match="its kernels compute in float32, and the embeddings are float64"):
+        choose_backend("triton", cuda, 10**4, torch.float64)
