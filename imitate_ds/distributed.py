@@ -152,26 +152,28 @@ def count_rows(rows: int, **alike: int) -> RankRows:
     counts, *columns = zip(*table.view(here.size, -1).tolist(), strict=True)
     for name, values in zip(alike, columns, strict=True):
         if len(set(values)) > 1:
-            raise ValueError(f"{name} = {', '.join(map(str, values))} on ranks 0 to {here.size - 1}: must not differ")
+            found = ", ".join(map(str, values))
+            raise ValueError(f"{name} = {found} on ranks 0 to {here.size - 1}: must not differ between ranks")
     return RankRows(counts, here.rank)
 
 
 def start_gather(rows: Tensor, held: RankRows) -> Callable[[], Tensor]:
     """Begin to concatenate rows [B, ...] of every rank, in rank order; the function that comes back waits for [N, ...].
 
-    Ranks may hold different numbers of rows. No gradient.
+    Call it once. Ranks may hold different numbers of rows. No gradient.
     """
     rows = rows.detach()
     if len(held.counts) == 1:
         return lambda: rows
     most = max(held.counts)
     sent = _padded(rows, most)
-    whole = sent.new_empty(most * len(held.counts), *rows.shape[1:])
-    work: Any = _all_gather(whole, sent, group=_group, async_op=True)
+    under_way = [(sent, sent.new_empty(most * len(held.counts), *rows.shape[1:]))]
+    work: Any = _all_gather(under_way[0][1], sent, group=_group, async_op=True)
+    del sent  # both live until the wait, for the collective's sake, and no longer: backward needs the memory
 
     def finish() -> Tensor:
         work.wait()
-        _ = sent  # alive until the wait: the collective reads it
+        _, whole = under_way.pop()
         if min(held.counts) == most:
             return whole
         return torch.cat([part[:count] for part, count in zip(whole.split(most), held.counts, strict=True)])

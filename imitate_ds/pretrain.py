@@ -277,7 +277,7 @@ def _step(engine: Any, config: RunConfig, batch: Batch) -> StepOutput:
     """Forward and backward of one step, and how well the micro-batch retrieves itself."""
     features, losses = _forward_and_backward(engine, config, batch)
     scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
-    learned, constant = features.temperature, losses.total.new_tensor(config.objective.temperature.init)
+    learned, constant = features.temperature, losses.total.new_full((), config.objective.temperature.init)
     scalars["temperature"] = constant if learned is None else learned.squeeze()
     similarity = _similarities(features)
     for level, matrix in similarity.items():

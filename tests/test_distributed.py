@@ -134,6 +134,9 @@ def measure(rank: int, size: int) -> dict[str, Tensor]:
         if size > 1:
             dist.all_reduce(results[f"{name}/gradient"])
             results[f"{name}/gradient"] /= size
+    if size > 1:
+        with pytest.raises(ValueError, match=r"text width = 7, 8.* on ranks 0 to \d: must not differ between ranks"):
+            count_rows(2, **{"text width": 7 + rank})
     for precision, (dtype, operands) in PRECISIONS.items():
         for backend, exchange in FORMS:
             group = of_group(rank, size, dtype, backend, exchange, operands)
@@ -157,7 +160,7 @@ def of_group(rank: int, size: int, dtype, backend: str, exchange: str, operands:
 def one_rank(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     contrastive_strips.STRIP_ROWS = (24, 24)  # several strips a rank, the last one shorter
-    contrastive_strips.BUFFER_BYTES = 4 * 24 * 150 * 8  # some of which stay and some are computed again
+    contrastive_strips.BUFFER_BYTES = 8 * 24 * 150 * 8  # some of which stay and some are computed again
     store = dist.FileStore(str(folder / f"store-{size}"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.save(measure(rank, size), folder / f"{size}-{rank}.pt")

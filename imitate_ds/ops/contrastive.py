@@ -1,6 +1,7 @@
 """The clinical contrastive loss: the one door to every form of it. Checks the arguments and picks a backend."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -42,16 +43,20 @@ def clinical_contrastive_losses(
     `rows` (distributed.count_rows) says how many rows every rank holds: the loss is then that of all N rows, equal on
     all ranks, prior and valid are those of all ranks, and every gradient is of the whole loss with respect to what this
     rank owns; of a temperature, a share whose sum over ranks is the whole. `exchange` says how ranks meet under
-    "strips" and "triton", to the same result. Without `rows`, N = B.
+    "strips" and "triton", to the same result. All ranks must come with the same D, E and dtype: what may differ, give to
+    count_rows, which then raises on all of them. Without `rows`, N = B.
 
     backend "dense" holds [N, N] matrices; "strips" and "triton" are linear in memory and compute their gradient in
     forward, so that a second derivative is an error. operands "fp16" rounds what their matrix products read; "fp32" is
     what torch.backends.cuda.matmul makes of it (not TF32, unless you allowed that).
 
     Returns [len(pairs)]: mean over valid rows, sum of the two directions; float64 for float64 embeddings, else float32.
-    Embeddings that are not finite make the loss NaN; no norm but the unit norm is meant, but any is computed exactly.
+    An embedding of a valid sample that is not finite makes the loss NaN. Unit norm is meant, but any norm is computed
+    exactly, with fp16 operands any near 1.
     Raises ValueError for shapes that do not fit and for a value that is none of those above.
     """
+    if not pairs:
+        raise ValueError("pairs: must hold at least one pair")
     rows = rows or RankRows((len(pairs[0].query),), 0)
     for pair in pairs:
         _check_shapes(pair, prior, valid, rows)
@@ -63,6 +68,8 @@ def clinical_contrastive_losses(
     _check_choice("exchange", exchange, ("auto", *EXCHANGES))
     device = pairs[0].query.device
     backend = choose_backend(backend, device, rows.total, embedding_dtype(pairs))
+    if operands == "fp16" and embedding_dtype(pairs) == torch.float64:
+        raise ValueError("operands = 'fp16': must be fp32 for float64 embeddings, which are computed in float64")
     if valid is None:
         valid = torch.ones(rows.total, dtype=torch.bool, device=device)
     if backend == "dense":
@@ -147,8 +154,8 @@ def _check_temperature(temperature: float | Tensor) -> None:
         if temperature.is_cuda:
             return  # to look would wait for the device; LearnableTemperature cannot leave its range
         temperature = temperature.item()
-    if not temperature >= LOWEST_TEMPERATURE * (1 - 1e-6):  # 0.01 in float32 is less
-        raise ValueError(f"temperature = {temperature}: must be at least {LOWEST_TEMPERATURE}")
+    if not LOWEST_TEMPERATURE * (1 - 1e-6) <= temperature < math.inf:  # 0.01 in float32 is less
+        raise ValueError(f"temperature = {temperature}: must be at least {LOWEST_TEMPERATURE}, and finite")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

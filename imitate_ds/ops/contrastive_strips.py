@@ -24,9 +24,11 @@ from imitate_ds.ops.contrastive_reference import REFERENCE_ROWS, Pair, embedding
 
 NEVER = -1e30  # added to a logit that takes no part: its exponential is 0, and so is its product with a target of 0
 
-# A strip should stay in the last cache on a CPU and fill the device on a GPU; all buffers together stay below the last.
+# A strip should stay in the last cache on a CPU, and fill the device on a GPU.
 STRIP_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 STRIP_ROWS = (512, 4096)
+# Strips are kept between the sweeps while all of them hold no more rows than this, which is linear in N, and no more bytes.
+BUFFER_ROWS = 10 * 1024
 BUFFER_BYTES = 640 * 2**20
 SCRATCH = ("z", "q", "spare", "half")
 
@@ -133,15 +135,21 @@ class Task(NamedTuple):
 def strip_contrastive_losses(pairs: Sequence[Pair], task: Task) -> Tensor:
     """One scalar a pair, [len(pairs)]. Arguments as in contrastive.clinical_contrastive_losses, already checked.
 
-    Collectives in forward only, and the same on all ranks whatever is valid.
+    Collectives in forward only, and the same on all ranks whatever is valid, as long as all want gradients or none does.
     """
     dtype, device = embedding_dtype(pairs), task.valid.device
     with torch.autocast(device.type, enabled=False):
         given = [side for pair in pairs for side in (pair.query, pair.keys)]
         names = tuple(next(n for n, other in enumerate(given) if other is side) for side in given)
         sides = [side.to(dtype) for side in given]
-        temperatures = [torch.as_tensor(pair.temperature, dtype=dtype, device=device).reshape(()) for pair in pairs]
+        temperatures = [_scalar(pair.temperature, dtype, device) for pair in pairs]
         return _StripLosses.apply(task, names, *sides, *temperatures)  # type: ignore[return-value]
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype).reshape(())
+    return torch.full((), value, dtype=dtype, device=device)  # a copy from the host would wait for the device
 
 
 class _StripLosses(torch.autograd.Function):
@@ -354,12 +362,12 @@ class _Buffers:
         height = max(1, min(rows, max(least, min(most, allowed))))
         self.strips = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
         self._new = partial(torch.empty, height, columns, dtype=dtype, device=device)
-        self._free = BUFFER_BYTES // (height * one) - len(SCRATCH)
+        self._free = min(BUFFER_ROWS, BUFFER_BYTES // one) // height - len(SCRATCH)
         self._scratch: dict[str, Tensor] = {}
         self._kept: dict[tuple, Tensor] = {}
 
     def do_without(self, kind: str) -> None:
-        self._scratch[kind] = self._new()[:0]
+        self._scratch[kind] = self._new()[:0].clone()  # a view would hold all of it
         self._free += 1
 
     def scratch(self, kind: str, strip: slice) -> Tensor:

@@ -25,12 +25,14 @@ def test_auto_is_dense_at_this_size():
         ({"valid": torch.ones(4)}, r"valid: must be bool \[N\] with N = 4, found torch.float32"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, r"found torch.bool \[3\]"),
         ({"temperature": 0.0}, r"temperature = 0.0: must be at least 0.01"),
+        ({"temperature": float("inf")}, r"temperature = inf: must be at least 0.01, and finite"),
         ({"temperature": float("nan")}, r"temperature = nan: must be at least 0.01"),
         ({"temperature": torch.tensor([0.005])}, r"temperature = 0.00\d*: must be at least 0.01"),
         ({"temperature": torch.ones(2)}, r"must hold one number, found shape \[2\]"),
         ({"prior_strength": -0.1}, r"prior_strength = -0.1: must be at least 0"),
         ({"target_norm": "rows"}, r"target_norm = 'rows': must be one of none, row, ref"),
         ({"backend": "cuda"}, r"backend = 'cuda': must be one of auto, dense, strips, triton"),
+        ({"query": ROWS.double(), "operands": "fp16"}, r"operands = 'fp16': must be fp32 for float64 embeddings"),
         ({"operands": "bf16"}, r"operands = 'bf16': must be one of fp32, fp16"),
         ({"exchange": "ring"}, r"exchange = 'ring': must be one of auto, reduce_scatter, owner"),
         ({"rows": RankRows((3, 1), 0)}, r"must hold the 3 rows of this rank, found 4"),
@@ -75,3 +77,8 @@ def test_float64_has_no_triton():
     assert choose_backend("auto", cuda, 10**4, torch.float64) == "strips"
     with pytest.raises(ValueError, match="its kernels compute in float32, and the embeddings are float64"):
         choose_backend("triton", cuda, 10**4, torch.float64)
+
+
+def test_a_group_without_pairs_is_refused():
+    with pytest.raises(ValueError, match="pairs: must hold at least one pair"):
+        contrastive.clinical_contrastive_losses([])

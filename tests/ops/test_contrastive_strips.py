@@ -195,3 +195,34 @@ def test_memory_is_linear_in_the_batch(monkeypatch, backend):
     linear = rows * max(WIDTH, TEXT)
     assert (made.largest <= linear) == (backend == "strips")
     assert (sum(saved) <= 3 * linear) == (backend == "strips")
+
+
+def test_stages_that_need_no_spare_strip_hold_none():
+    buffers = contrastive_strips._Buffers(64, 64, torch.float32, torch.device("cpu"))
+    buffers.do_without("spare")
+    assert buffers.scratch("spare", slice(0, 64)).untyped_storage().nbytes() == 0
+
+
+@pytest.mark.parametrize(("centre", "tolerance"), [(0.0, 5e-3), (6.0, 5e-3), (30.0, 2e-2)])
+def test_fp16_operands_hold_while_the_embeddings_are_not_all_one(centre, tolerance):
+    """Mean cosines 0, .97 and .999. In a narrow cone logits differ by less than fp16 tells apart (README, The loss)."""
+    generator = torch.Generator().manual_seed(5)
+    query, keys = (
+        normalize(torch.randn(ROWS, 64, generator=generator, dtype=torch.float64) + centre, dim=1) for _ in "qk"
+    )
+    prior = samples()[1]
+    gradients = []
+    for dtype, backend, operands in ((torch.float64, "dense", "fp32"), (torch.float32, "strips", "fp16")):
+        leaves = [side.to(dtype, copy=True).requires_grad_() for side in (query, keys)]
+        loss = clinical_contrastive_loss(*leaves, prior.to(dtype), temperature=0.07, backend=backend, operands=operands)
+        gradients.append(torch.autograd.grad(loss, leaves))
+    assert_close(gradients[1], gradients[0], tolerance)
+
+
+def test_products_of_half_operands_are_float32():
+    """On a CUDA device; its rules of types are checked without one."""
+    left, right = (torch.empty(4, 8, dtype=torch.float16, device="meta") for _ in "lr")
+    out = torch.empty(4, 4, device="meta")
+    contrastive_strips._product(left, right.T, out=out)
+    contrastive_strips._add_product(out, left, right.T)
+    assert out.dtype == torch.float32

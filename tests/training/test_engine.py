@@ -56,6 +56,14 @@ def test_two_ranks_equal_one_process(two_ranks, one_process, stage):
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_strips_train_as_the_dense_form_does(two_ranks, stage):
+    for rank in two_ranks[1]:
+        losses, norms = rank[f"zero{stage}"]["strips"]
+        assert losses == pytest.approx(rank[f"zero{stage}"]["losses"][:2], rel=2e-6)
+        assert norms == pytest.approx(rank[f"zero{stage}"]["norms"][:2], rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_exported_weights_give_the_engines_embedding(two_ranks, stage):
     out, ranks = two_ranks
     model = build_model()
