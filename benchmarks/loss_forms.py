@@ -57,7 +57,7 @@ class Case(NamedTuple):
     rows: int  # B
     columns: int  # N
     own: dict[str, Tensor]  # [B, D] by name, unit norm; the first is the one whose gradient is compared
-    everyone: dict[str, Tensor]  # [N, D], the sides that are keys
+    everyone: dict[str, Tensor]  # [N, D], own where the rank is alone
     priors: dict[str, Tensor]  # [N, E]
 
     @property
@@ -105,7 +105,7 @@ def make_case(kind: str, rows: int, columns: int, width: Width, device: torch.de
     for name in names:
         side = cone(rows, width.joint)
         own[name] = side.div_(side.norm(dim=1, keepdim=True)).requires_grad_()
-    for name in dict.fromkeys(link.keys for link in links):
+    for name in names:
         alone = rows == columns
         everyone[name] = own[name] if alone else own[name].detach().repeat(columns // rows, 1).requires_grad_()
     priors = {group.prior: cone(columns, width.text) for group in KINDS[kind] if group.prior}
@@ -160,9 +160,7 @@ def plain(case: Case, *, compiled: bool = False, amp: bool = False, published: b
     total = partial(published_total if published else dense_total, case.groups)
     if compiled:
         total = torch.compile(total, dynamic=False)
-    every = {id(side): side for side in (*case.own.values(), *case.everyone.values())}
-    used = {id(case.own[link.query]) for link in case.links} | {id(case.everyone[link.keys]) for link in case.links}
-    leaves = [side for key, side in every.items() if key in used]
+    leaves = list({id(side): side for side in (*case.own.values(), *case.everyone.values())}.values())
 
     def run() -> Sequence[Tensor]:
         with autocast(amp):
@@ -177,7 +175,7 @@ def dense_total(groups: Sequence[Group], own: dict, everyone: dict, priors: dict
     for group in groups:
         prior = priors[group.prior] if group.prior else None
         shared = None if prior is None else softness(prior, len(next(iter(own.values()))))
-        losses += [link.weight * dense_loss(own[link.query], everyone[link.keys], shared, link) for link in group.links]
+        losses += [link.weight * dense_loss(own, everyone, shared, link) for link in group.links]
     return torch.stack(losses).sum()
 
 
@@ -188,7 +186,7 @@ def published_total(groups: Sequence[Group], own: dict, everyone: dict, priors: 
         prior = priors[group.prior] if group.prior else None
         for link in (once for once in group.links for _ in range(once.weight)):
             shared = None if prior is None else softness(prior, len(own[link.query]))
-            losses.append(dense_loss(own[link.query], everyone[link.keys], shared, link))
+            losses.append(dense_loss(own, everyone, shared, link))
     return torch.stack(losses).sum()
 
 
@@ -200,17 +198,21 @@ def softness(prior: Tensor, rows: int) -> Tensor:
     return 1 - torch.exp(-PRIOR_STRENGTH * correlation.masked_fill(itself, 0))
 
 
-def dense_loss(query: Tensor, keys: Tensor, shared: Tensor | None, link: Link) -> Tensor:
-    """Cross entropy of B x N logits by rows and by columns. With N = B it is the loss.
+def dense_loss(own: dict, everyone: dict, shared: Tensor | None, link: Link) -> Tensor:
+    """Cross entropy of own queries against all keys, and of own keys against all queries, B x N each.
 
-    With N > B a rank would also need the other ranks' rows for its columns; the softmax over its own is as much work.
+    Alone, the second is the first transposed. On several ranks it is a product of its own, as in open_clip's local_loss:
+    the softmax over a column of the first would miss the rows of the other ranks.
     """
-    logits = query @ keys.T / link.temperature
+    logits = own[link.query] @ everyone[link.keys].T / link.temperature
+    rows, columns = logits.shape
+    alone = rows == columns
+    flipped = logits.T if alone else own[link.keys] @ everyone[link.query].T / link.temperature
     if shared is None:
-        labels = torch.arange(len(keys), device=keys.device) % len(query)
-        return cross_entropy(logits, labels[: len(query)]) + cross_entropy(logits.T, labels)
-    targets = torch.eye(len(query), len(keys), device=keys.device) + link.temperature * shared
-    return cross_entropy(logits, targets) + cross_entropy(logits.T, targets.T)
+        labels = torch.arange(rows, device=logits.device)
+        return cross_entropy(logits, labels) + cross_entropy(flipped, labels)
+    targets = torch.eye(rows, columns, device=logits.device) + link.temperature * shared  # symmetric as a whole
+    return cross_entropy(logits, targets) + cross_entropy(flipped, targets)
 
 
 def clip_loss(case: Case, *, amp: bool = False) -> Run:
@@ -365,7 +367,7 @@ def in_half(form: Form, build: Callable[[Case], Run], how: str = "fp16", **chang
 
 
 HARD = "soft targets and the prior (its positives are the diagonal), masks"
-PARTIAL = "masks; with N > B, the other ranks' rows in the softmax over columns (as much work without them)"
+PARTIAL = "masks"
 
 STRIPS = Form("strips", partial(ours, backend="strips"))
 TRITON = Form("triton", partial(ours, backend="triton"), package="triton", needs_cuda=True)

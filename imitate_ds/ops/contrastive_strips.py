@@ -25,12 +25,12 @@ from imitate_ds.ops.contrastive_reference import REFERENCE_ROWS, Pair, embedding
 NEVER = -1e30  # added to a logit that takes no part: its exponential is 0, and so is its product with a target of 0
 
 # A strip should stay in the last cache on a CPU, and fill the device on a GPU.
-STRIP_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+STRIP_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
 STRIP_ROWS = (512, 4096)
 # Strips are kept between the sweeps while all of them hold no more rows than this, which is linear in N, and no more bytes.
 BUFFER_ROWS = 10 * 1024
 BUFFER_BYTES = 640 * 2**20
-SCRATCH = ("z", "q", "spare", "half")
+SCRATCH = 3  # strips for "z", "q" and "spare", always there
 
 
 class Direction(NamedTuple):
@@ -362,7 +362,7 @@ class _Buffers:
         height = max(1, min(rows, max(least, min(most, allowed))))
         self.strips = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
         self._new = partial(torch.empty, height, columns, dtype=dtype, device=device)
-        self._free = min(BUFFER_ROWS, BUFFER_BYTES // one) // height - len(SCRATCH)
+        self._free = min(BUFFER_ROWS, BUFFER_BYTES // one) // height - SCRATCH
         self._scratch: dict[str, Tensor] = {}
         self._kept: dict[tuple, Tensor] = {}
 

@@ -46,7 +46,7 @@ def test_bad_input_is_refused_by_name(change, message):
 
 
 def test_auto_turns_to_strips_above_the_measured_size():
-    edge, cpu = int(contrastive.DENSE_LOGITS**0.5), torch.device("cpu")
+    edge, cpu = int(contrastive.DENSE_LOGITS["cpu"] ** 0.5), torch.device("cpu")
     assert choose_backend("auto", cpu, edge) == "dense"
     assert choose_backend("auto", cpu, edge + 1) == "strips"
     assert choose_backend("strips", cpu, 2) == "strips"
