@@ -1,11 +1,11 @@
 """Does a training run care which form of the loss it uses? A hundred steps on Open-i, two ranks, float32.
 
-    python benchmarks/backends.py --shards shards/iu_xray
+    python benchmarks/backends.py --shards shards/iu_xray [--only NAME ...]
 
 The dense form is the run to follow. Beside the strips, whose rounding differs in the seventh digit, stands the dense run
 itself with one temperature changed in the seventh digit: what it drifts by is the sensitivity of the training, not an
-error of a backend. A ViT without BatchNorm, and the ResNet-18 of launch/runs/iu_xray_cpu.yaml. Prints a table and writes
-benchmarks/results/backends-<device>.json.
+error of a backend. A ViT without BatchNorm at two rates, and the ResNet-18 of launch/runs/iu_xray_cpu.yaml. Prints a table
+and writes benchmarks/results/backends-<device>.json; encoders that --only leaves out stay there as they are.
 """
 
 import argparse
@@ -21,14 +21,10 @@ from common import REPOSITORY, device_slug, machine, provenance, table
 
 RUN_FILE = "launch/runs/iu_xray_cpu.yaml"
 ALWAYS = ["train.precision=fp32", "train.log_every=1", "train.images_every=0", "data.val_split=", "data.input_size=64"]
+VIT = ["model.image_encoder=vit_tiny_patch16_224", "model.projection_norm=layer", "model.aggregation.pool=8"]
 ENCODERS = {
-    "vit_tiny, LayerNorm": [
-        "model.image_encoder=vit_tiny_patch16_224",
-        "model.projection_norm=layer",
-        "model.aggregation.pool=8",
-        "optim.lr=2e-4",
-        "optim.warmup_share=0.26",
-    ],
+    "vit_tiny, LayerNorm, rate 5e-5": [*VIT, "optim.lr=5e-5", "optim.warmup_share=0.26"],
+    "vit_tiny, LayerNorm": [*VIT, "optim.lr=2e-4", "optim.warmup_share=0.26"],
     "resnet18, BatchNorm": ["optim.lr=1e-4", "optim.warmup_share=0.26"],
 }
 DENSE = ["objective.backend=dense"]
@@ -57,21 +53,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, default=Path("shards/iu_xray"))
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=ENCODERS, default=list(ENCODERS), metavar="NAME")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device = torch.device("cpu")
-    rows, runs = [], {}
+    out = given.out or REPOSITORY / "benchmarks" / "results" / f"backends-{device_slug(device)}.json"
+    rows, runs = [], json.loads(out.read_text())["runs"] if out.is_file() else {}
     marks = [mark for mark in MARKS if mark < given.steps] + [given.steps]
-    for encoder, settings in ENCODERS.items():
+    for encoder in given.only:
+        settings = ENCODERS[encoder]
         dense = losses_of(settings + DENSE, given.shards, given.steps)
-        runs[encoder] = {"settings": settings, "dense": dense, "followers": {}}
+        runs[encoder] = {**provenance(), "settings": settings, "dense": dense, "followers": {}}
         for name, change in FOLLOWERS.items():
             losses = losses_of(settings + change, given.shards, given.steps)
             drift = [abs(loss - other) / abs(other) for loss, other in zip(losses, dense, strict=True)]
             runs[encoder]["followers"][name] = {"losses": losses, "largest_drift": max(drift)}
             rows.append([encoder, name, *(f"{max(drift[:mark]):.0e}" for mark in marks)])
-    out = given.out or REPOSITORY / "benchmarks" / "results" / f"backends-{device_slug(device)}.json"
-    record = {**provenance(), "machine": machine(device), "steps": given.steps, "runs": runs}
+    record = {"machine": machine(device), "steps": given.steps, "runs": runs}
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(["encoder", "run", *(f"{mark} steps" for mark in marks)], rows))
 

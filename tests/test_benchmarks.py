@@ -45,3 +45,14 @@ def test_a_form_that_would_take_too_long_is_skipped(repository, tmp_path):
     run_loss(repository, out, "--pair", "16x16", "--minutes", "0", "--forms", "strips")
     cells = json.loads(out.read_text())["times"]["cells"]
     assert cells["pair"]["16x16"]["strips"]["note"].startswith("skipped")
+
+
+def test_messages_of_the_exchanges_are_those_of_the_formula(repository, tmp_path):
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, "benchmarks/scaling.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # it stops where bytes or products are not those of its formulas
+    record = json.loads(out.read_text())
+    assert record["measured"]["2"]["exchanges"]["owner"]["messages"]
+    assert record["model"]["kind"] == "model, not measured"
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
