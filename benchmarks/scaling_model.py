@@ -101,7 +101,7 @@ def messages_of(group: Group, share: Share) -> list[Message]:
     sent = [Message("sides", "all_gather", len(sides) * joint * share.operand * share.columns)]
     if group.prior:
         sent.append(Message("sums of the prior", "all_gather", column))
-    sent.append(Message("sums of rows", "all_gather", pairs * column))
+    sent.append(Message("maxima and sums of rows", "all_gather", 2 * pairs * column))
     sent.append(Message("maxima of columns", "all_reduce", pairs * column))
     sent.append(Message("sums of columns", "all_reduce", pairs * column))
     sent.append(Message("losses", "all_reduce", 8 * pairs))

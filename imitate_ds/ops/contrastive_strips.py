@@ -36,8 +36,8 @@ SCRATCH = 3  # strips for "z", "q" and "spare", always there
 class Direction(NamedTuple):
     """What the samples of one side, [R] rows or [N] columns, bring to G."""
 
-    logsumexp: Tensor  # of their logits; 0 where not valid
-    share: Tensor  # weight times the sum of their targets
+    maximum: Tensor  # of their logits; 0 where not valid
+    share: Tensor  # weight times sum of their targets, divided by the sum of exp(logit - maximum)
     weight: Tensor  # 0 where not valid
     bias: Tensor  # 0, or NEVER where not valid
 
@@ -46,7 +46,7 @@ class Stages(NamedTuple):
     """What happens to a strip between two matrix products; the strip is overwritten."""
 
     q_strip: Callable[..., Tensor]
-    sumexp_strip: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    sumexp_strip: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     g_strip: Callable[..., Tensor]
     spare: bool = True  # whether they need a strip to work in; without, they are given an empty one
 
@@ -66,9 +66,10 @@ def q_strip(correlation: Tensor, spare: Tensor, *, prior_strength: float, first:
 
 def sumexp_strip(
     logits: Tensor, spare: Tensor, *, row_bias: Tensor, column_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row logsumexp [R], and for the columns their maxima and sums of exp(logit - maximum), [N] each, of this strip.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maxima, and sums of exp(logit - maximum), of the rows, [R] each, and of the columns in this strip, [N] each.
 
+    Not their logsumexps: those are larger numbers, whose rounding would be an error of a whole row of G.
     The biases are left in the logits [R, N]; spare [R, N] is overwritten.
     """
     logits.add_(column_bias).add_(row_bias[:, None])
@@ -76,7 +77,7 @@ def sumexp_strip(
     torch.sub(logits, row_max[:, None], out=spare)
     row_sum = spare.exp_().sum(dim=1)
     torch.sub(logits, column_max, out=spare)
-    return row_max + row_sum.log(), column_max, spare.exp_().sum(dim=0)
+    return row_max, row_sum, column_max, spare.exp_().sum(dim=0)
 
 
 def g_strip(
@@ -103,9 +104,9 @@ def g_strip(
     if q is not None:
         torch.mul(logits, q, out=spare)
         agreement += softness * (spare.sum(dim=1) * rows.weight + spare @ columns.weight)
-    torch.sub(logits, columns.logsumexp, out=spare)
+    torch.sub(logits, columns.maximum, out=spare)
     spare.exp_().mul_(columns.share)
-    logits.sub_(rows.logsumexp[:, None]).exp_().mul_(rows.share[:, None]).add_(spare)
+    logits.sub_(rows.maximum[:, None]).exp_().mul_(rows.share[:, None]).add_(spare)
     if q is not None:
         torch.mul(q, softness * columns.weight, out=spare)
         logits.sub_(spare).addcmul_(q, (softness * rows.weight)[:, None], value=-1)
@@ -179,6 +180,7 @@ class _Found(NamedTuple):
     softness: Tensor  # scalar: what q is multiplied by in the targets
     rows: Direction  # [N]
     columns: Direction  # [N]
+    entropy: Tensor  # [N], float64: weight times the sum of the targets times both logsumexps
 
 
 class _Group:
@@ -222,20 +224,20 @@ class _Group:
     def first_sweep(self) -> None:
         """The sums that G needs: of the targets, and of the exponentials in both directions."""
         mass = self._prior_mass()
-        row_sums, column_sums = zip(*(self._logsumexps(k) for k in self.pairs), strict=True)
-        rows = gather_rows(torch.stack(row_sums, dim=1), self.task.rows).T
-        columns = self._over_ranks(*(torch.stack(parts) for parts in zip(*column_sums, strict=True)))
-        self.found = [self._found(self.temperatures[k], mass, rows[k], columns[k]) for k in self.pairs]
+        rows, columns = zip(*(self._exponentials(k) for k in self.pairs), strict=True)
+        rows = gather_rows(torch.stack(rows, dim=1), self.task.rows)  # [N, pairs, 2]
+        columns = self._over_ranks(torch.stack(columns))  # [pairs, 2, N]
+        self.found = [self._found(self.temperatures[k], mass, rows[:, k].T, columns[k]) for k in self.pairs]
 
     def second_sweep(self, *, wanted: bool) -> tuple[Tensor, list[Tensor]]:
         """Losses [pairs], and where wanted the gradients: of both sides of every pair, then of the temperatures."""
-        losses = torch.stack([self._entropy(found) for found in self.found])
+        losses = torch.stack([found.entropy[self.own].sum() for found in self.found])
         d_query = [torch.zeros_like(query) for query in self.queries]
         owned = self.own_keys if self.all_scaled else self.all_keys
         d_keys = [torch.zeros(rows.shape, dtype=self.dtype, device=rows.device) for rows in owned]
         for strip in self.buffers.strips:
             q = self._soft(strip)
-            for k, (softness, rows, columns) in enumerate(self.found):
+            for k, (softness, rows, columns, _) in enumerate(self.found):
                 g, agreement = self._g(strip, self._logits(k, strip), q, softness, rows, columns)
                 losses[k] -= agreement.double().sum()
                 if wanted:
@@ -289,28 +291,29 @@ class _Group:
             _product(self.own_scaled[k][strip], self.all_keys[k].T, out=logits)
         return logits
 
-    def _logsumexps(self, k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Of own rows [B]; of the columns, over own rows, maxima and sums of exp(logit - maximum), [N] each."""
-        row_sums = [self.valid[:0]]
+    def _exponentials(self, k: int) -> tuple[Tensor, Tensor]:
+        """Maxima of logits and sums of exp(logit - maximum): of own rows [B, 2]; of the columns, over own rows, [2, N]."""
+        rows = [self.valid.new_zeros(0, 2)]
         largest, total = torch.full_like(self.valid, 2 * NEVER), torch.zeros_like(self.valid)
         for strip in self.buffers.strips:
             logits = self.buffers.take(("z", k), strip)
             _product(self.own_scaled[k][strip], self.all_keys[k].T, out=logits)
             spare = self.buffers.scratch("spare", strip)
-            sums, highest, part = self.stages.sumexp_strip(
+            row_max, row_sum, highest, part = self.stages.sumexp_strip(
                 logits, spare, row_bias=self.bias[self.own][strip], column_bias=self.bias
             )
-            row_sums.append(sums)
+            rows.append(torch.stack([row_max, row_sum], dim=1))
             before, largest = largest, torch.maximum(largest, highest)
             total = total * (before - largest).exp() + part * (highest - largest).exp()
-        return torch.cat(row_sums), (largest, total)
+        return torch.cat(rows), torch.stack([largest, total])
 
-    def _over_ranks(self, largest: Tensor, total: Tensor) -> Tensor:
-        """Logsumexp of the columns over the rows of all ranks, from each rank's maxima and sums."""
-        if not self._alone:
-            own, largest = largest, maximum_over_ranks(largest)
-            total = sum_over_ranks(total * (own - largest).exp())
-        return largest + total.log()
+    def _over_ranks(self, columns: Tensor) -> Tensor:
+        """Maxima and sums of the columns over the rows of all ranks, from those of each, [pairs, 2, N]."""
+        if self._alone:
+            return columns
+        own, total = columns.unbind(dim=1)
+        largest = maximum_over_ranks(own.contiguous())
+        return torch.stack([largest, sum_over_ranks(total * (own - largest).exp())], dim=1)
 
     def _found(self, temperature: Tensor, mass: Tensor, rows: Tensor, columns: Tensor) -> _Found:
         softness, weight = temperature, self.valid / self.samples
@@ -319,14 +322,13 @@ class _Group:
         target_sums = 1 + softness * mass
         if self.task.target_norm == "row":
             weight = weight / target_sums
-        share = weight * target_sums
-        rows, columns = (sums.masked_fill(~self.task.valid, 0) for sums in (rows, columns))
-        return _Found(softness, Direction(rows, share, weight, self.bias), Direction(columns, share, weight, self.bias))
-
-    def _entropy(self, found: _Found) -> Tensor:
-        """The part of the loss that own samples' logsumexps make, float64."""
-        sums = found.rows.logsumexp[self.own].double() + found.columns.logsumexp[self.own]
-        return (found.rows.share[self.own] * sums).sum()
+        share, outside = weight * target_sums, ~self.task.valid
+        directions, logsumexps = [], []
+        for largest, total in (rows, columns):
+            largest, total = largest.masked_fill(outside, 0), total.masked_fill(outside, 1)
+            directions.append(Direction(largest, share / total, weight, self.bias))
+            logsumexps.append(largest.double() + total.double().log())
+        return _Found(softness, *directions, entropy=share * sum(logsumexps))
 
     def _g(
         self, strip: slice, logits: Tensor, q: Tensor | None, softness: Tensor, rows: Direction, columns: Direction

@@ -58,7 +58,7 @@ def q_strip(correlation: Tensor, spare: Tensor, *, prior_strength: float, first:
 
 def sumexp_strip(
     logits: Tensor, spare: Tensor, *, row_bias: Tensor, column_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """contrastive_strips.sumexp_strip, but the logits stay without their biases."""
     tile, (height, width) = _tile(logits), logits.shape
     row_max, row_sum = logits.new_empty(2, triton.cdiv(width, tile.columns), height)
@@ -79,8 +79,7 @@ def sumexp_strip(
             COLUMNS=tile.columns,
             num_warps=tile.warps,
         )
-    row_max, row_sum = _merged(row_max, row_sum)
-    return row_max + row_sum.log(), *_merged(column_max, column_sum)
+    return *_merged(row_max, row_sum), *_merged(column_max, column_sum)
 
 
 def g_strip(
@@ -229,8 +228,8 @@ def _g_kernel(
     rows, columns = _span(1, ROWS), _span(0, COLUMNS)
     here, there = rows < height, columns < width
     inside = here[:, None] & there[None, :]
-    row_logsumexp, row_share, row_weight, row_bias = _numbers(row_numbers, rows, height)
-    column_logsumexp, column_share, column_weight, column_bias = _numbers(column_numbers, columns, width)
+    row_maximum, row_share, row_weight, row_bias = _numbers(row_numbers, rows, height)
+    column_maximum, column_share, column_weight, column_bias = _numbers(column_numbers, columns, width)
 
     z = tl.load(logits + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
     targets = (columns[None, :] == (rows + first)[:, None]).to(tl.float32)
@@ -242,8 +241,8 @@ def _g_kernel(
     tl.store(agreement + tl.program_id(0) * height + rows, agrees, mask=here)
 
     z += row_bias[:, None] + column_bias[None, :]
-    g = tl.exp(z - row_logsumexp[:, None]) * row_share[:, None]
-    g += tl.exp(z - column_logsumexp[None, :]) * column_share[None, :]
+    g = tl.exp(z - row_maximum[:, None]) * row_share[:, None]
+    g += tl.exp(z - column_maximum[None, :]) * column_share[None, :]
     # The store rounds to what `out` holds: once, after the subtraction.
     tl.store(out + rows[:, None] * out_stride + columns[None, :], (g - targets) * tl.load(scale), mask=inside)
 
@@ -252,8 +251,8 @@ def _g_kernel(
 def _numbers(direction, samples, count):
     """The four rows of a stacked Direction [4, count] at these samples; 0 beyond."""
     there = samples < count
-    logsumexp = tl.load(direction + samples, mask=there, other=0.0)
+    maximum = tl.load(direction + samples, mask=there, other=0.0)
     share = tl.load(direction + count + samples, mask=there, other=0.0)
     weight = tl.load(direction + 2 * count + samples, mask=there, other=0.0)
     bias = tl.load(direction + 3 * count + samples, mask=there, other=0.0)
-    return logsumexp, share, weight, bias
+    return maximum, share, weight, bias

@@ -62,8 +62,8 @@ class Strip:
 
     def direction(self, valid: Tensor) -> Direction:
         numbers = self.draw(len(valid), 4).abs() * valid[:, None]
-        logsumexp = (14 + 6 * numbers[:, 0]) * valid  # no logit is above
-        return Direction(logsumexp, numbers[:, 1], numbers[:, 2], (~valid).float() * NEVER)
+        maximum = (14 + 6 * numbers[:, 0]) * valid  # no logit is above
+        return Direction(maximum, numbers[:, 1], numbers[:, 2], (~valid).float() * NEVER)
 
     def g(self, stages, dtype=None, *, prior=True, scale=1.0, out=None) -> tuple[Tensor, Tensor]:
         def copy(tensor: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ def test_q(shape, strength):
 def test_sumexp(shape, mask):
     strip = Strip(shape, mask)
     before, biases = strip.logits.clone(), {"row_bias": strip.rows.bias, "column_bias": strip.columns.bias}
-    rows, largest, total = TRITON.sumexp_strip(strip.logits, torch.empty(0), **biases)
+    sums = TRITON.sumexp_strip(strip.logits, torch.empty(0), **biases)
     assert torch.equal(strip.logits, before)
     assert untouched(strip.logits)
     wide = {name: bias.double() for name, bias in biases.items()}
     expected = TORCH.sumexp_strip(before.double(), torch.empty_like(before, dtype=torch.float64), **wide)
-    for ours, theirs in zip((rows, largest, total), expected, strict=True):
+    for ours, theirs in zip(sums, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
 
 
