@@ -108,7 +108,7 @@ def _losses_of(group: _Group, pairs: list[Pair], rows: RankRows, config: Objecti
         prior_strength=config.prior_strength,
         target_norm=config.target_norm,
         backend=config.backend,
-        operands="fp32" if config.operands == "auto" else config.operands,
+        operands="fp32" if config.operands == "auto" else config.operands,  # pretrain has resolved it; others want exactness
         rows=rows,
         exchange=config.negatives.exchange,
     )

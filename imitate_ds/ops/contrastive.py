@@ -17,7 +17,7 @@ BACKENDS = ("dense", "strips", "triton")
 EXCHANGES = ("reduce_scatter", "owner")
 OPERANDS = ("fp32", "fp16")
 LOWEST_TEMPERATURE = 0.01  # below, float32 logits have lost the digits that the loss is made of
-# Up to here the dense form is no slower: measured on a CPU (benchmarks/loss.py), an estimate for CUDA.
+# Up to here the dense form is about as fast: measured on a CPU (benchmarks/results/loss-small-*), an estimate for CUDA.
 DENSE_LOGITS = {"cpu": 2**18, "cuda": 2**22}
 
 
