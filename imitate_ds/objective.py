@@ -51,7 +51,7 @@ def imitate_loss(
 
     `negatives.scope: global` compares with the samples of every rank: the losses are those of the global batch, equal on
     all ranks, and the backward pass is scaled by the number of ranks, because DeepSpeed averages gradients. A collective
-    then; ranks may hold different numbers of samples. `local` is this rank's own loss, as published. `texts` is what
+    then; ranks may hold different numbers of samples. `operands: auto` is fp32 here: pretrain has resolved it. `local` is this rank's own loss, as published. `texts` is what
     exchange_texts gave for this batch.
     """
     weights = config.weights.model_dump()
@@ -108,7 +108,7 @@ def _losses_of(group: _Group, pairs: list[Pair], rows: RankRows, config: Objecti
         prior_strength=config.prior_strength,
         target_norm=config.target_norm,
         backend=config.backend,
-        operands="fp32" if config.operands == "auto" else config.operands,  # pretrain has resolved it; others want exactness
+        operands="fp32" if config.operands == "auto" else config.operands,
         rows=rows,
         exchange=config.negatives.exchange,
     )
