@@ -51,8 +51,8 @@ def imitate_loss(
 
     `negatives.scope: global` compares with the samples of every rank: the losses are those of the global batch, equal on
     all ranks, and the backward pass is scaled by the number of ranks, because DeepSpeed averages gradients. A collective
-    then; ranks may hold different numbers of samples. `operands: auto` is fp32 here: pretrain has resolved it. `local` is this rank's own loss, as published. `texts` is what
-    exchange_texts gave for this batch.
+    then; ranks may hold different numbers of samples. `local` is this rank's own loss, as published. `texts` is what
+    exchange_texts gave for this batch. `operands: auto` is fp32 here; pretrain has resolved it.
     """
     weights = config.weights.model_dump()
     _check(features, weights)
