@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     has_findings: Tensor  # bool [B]
     has_impression: Tensor  # bool [B]
     step: int  # the global step this batch belongs to: seeds the channel draws alike on every rank
+    # float32 [B, V, draws] where images are whole radiographs [B, 1, 1, H, W], of which the device is to make the views
+    draws: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
@@ -35,9 +37,9 @@ class Batch(NamedTuple):
 
     def split(self, studies: int) -> list["Batch"]:
         """Consecutive parts of so many studies (the last may be shorter), all of the same step."""
+        rows = {name: v for name, v in self._asdict().items() if isinstance(v, (list, Tensor))}
         starts = range(0, len(self.keys), studies)
-        values = self._asdict().items()
-        return [Batch(*(v if name == "step" else v[start : start + studies] for name, v in values)) for start in starts]
+        return [self._replace(**{name: v[start : start + studies] for name, v in rows.items()}) for start in starts]
 
 
 class Features(NamedTuple):

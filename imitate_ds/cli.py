@@ -126,6 +126,61 @@ def shards_stats(
         _say(f"picture: {picture} (patient data: keep it where the shards may be)")
 
 
+@shards_app.command("check-leak")
+def shards_check_leak(
+    a: Annotated[str, typer.Argument(metavar="A", help="The shard folder a model was trained on.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The shard folder it is to be evaluated on.")],
+    split_a: Annotated[str, typer.Option(help="One split of A; all of them unless given.")] = "",
+    split_b: Annotated[str, typer.Option(help="One split of B; all of them unless given.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Write the pairs of keys into this CSV.")] = None,
+) -> None:
+    """Patients, studies, radiographs and reports of A that are in B too; status 1 when there are any."""
+    from imitate_ds.data.shard_index import open_index
+    from imitate_ds.data.shard_leak import check_leak, leak_table, save_leaks
+
+    report = check_leak(open_index(a), open_index(b), split_a=split_a, split_b=split_b)
+    console.print(leak_table(report))
+    if out:
+        save_leaks(report, out)
+        _say(f"written: {out} (keys are pseudonyms: keep it where the shards may be)")
+    _say(f"{report.leaking:,} of {report.samples_b:,} samples of B leak" if report.leaks else "no leak found")
+    raise typer.Exit(1 if report.leaks else 0)
+
+
+@shards_app.command("order")
+def shards_order(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="As data.shards of the run, in its order.")],
+    seed: Annotated[int, typer.Option(help="The run's seed.")],
+    steps: Annotated[str, typer.Option(help="A:B, steps A to B-1, counted from 0.")],
+    global_batch: Annotated[int, typer.Option(help="train.micro_batch_size x ranks.")],
+    weight: Annotated[list[float] | None, typer.Option(help="One for each DIR, as in the run file.")] = None,
+    split: Annotated[str, typer.Option(help="data.train_split of the run.")] = "train",
+    apart: Annotated[str, typer.Option(help="data.apart of the run: study or patient.")] = "study",
+    world_size: Annotated[int, typer.Option(help="Also say which rank had which samples.")] = 0,
+    workers: Annotated[int, typer.Option(help="data.workers, to say which worker read them.")] = 0,
+    start_step: Annotated[int, typer.Option(help="Where the run began or was resumed, to say which worker.")] = 0,
+) -> None:
+    """Print the keys of each step's global batch, one sorted line a step: what was in the batch when the loss spiked."""
+    from imitate_ds.config import build_data_config
+    from imitate_ds.data.shard_order import order_lines
+
+    weights = weight or [1.0] * len(folders)
+    if len(weights) != len(folders):
+        raise ValueError(f"--weight: {len(weights)} of them for {len(folders)} folders; give one for each, or none")
+    mixture = [{"shards": folder, "weight": share} for folder, share in zip(folders, weights, strict=True)]
+    data = build_data_config({"shards": mixture, "train_split": split, "apart": apart})
+    for line in order_lines(
+        data,
+        seed=seed,
+        global_batch_size=global_batch,
+        steps=_steps(steps),
+        world_size=world_size,
+        workers=workers,
+        start_step=start_step,
+    ):
+        print(line)
+
+
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
     model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
@@ -184,6 +239,13 @@ def _options(pairs: list[str]) -> dict[str, object]:
             raise ValueError(f"--option {pair}: must be key=value, as in --option studies=1000")
         options[key] = load_yaml(text)
     return options
+
+
+def _steps(text: str) -> range:
+    first, _, stop = text.partition(":")
+    if not (first.isdigit() and stop.isdigit() and int(first) < int(stop)):
+        raise ValueError(f"--steps {text}: must be A:B with 0 <= A < B, as in --steps 1200:1203")
+    return range(int(first), int(stop))
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -18,6 +18,13 @@ def _number_as(name: str) -> Callable[[Any], Any]:
     return lambda value: {name: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _as_folders(value: Any) -> Any:
+    """One location, or a list of {shards, weight}."""
+    if isinstance(value, (str, Path)):
+        value = [{"shards": str(value)}]
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _text_as(name: str) -> Callable[[Any], Any]:
     return lambda value: {name: value} if isinstance(value, str) else value
 
@@ -53,14 +60,28 @@ class AugmentConfig(Section):
         return value
 
 
+class ShardsConfig(Section):
+    shards: str = Field(min_length=1)  # a folder, or an http(s)://, s3://, ... location of one
+    weight: float = Field(default=1.0, gt=0, le=1000)  # passes over its training split in an epoch
+
+
 class DataConfig(Section):
-    shards: Folder  # a folder made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`
+    # Made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`. One location, or a mixture:
+    # `shards: [{shards: shards/a}, {shards: s3://bucket/b, weight: 0.5}]`, embedded by the same text encoder.
+    shards: Annotated[tuple[ShardsConfig, ...], BeforeValidator(_as_folders), Field(min_length=1)]
     train_split: str = "train"
     val_split: str = "val"  # "" trains without validation
     input_size: int = Field(default=224, ge=16)  # pixels the encoder sees
     workers: int = Field(default=2, ge=0)  # decoding processes per rank; 0 decodes in the training process
     impression_text: Literal["impression", "report"] = "impression"  # what the highest level is aligned with
+    apart: Literal["study", "patient"] = "study"  # no two radiographs of one study, or of one patient, meet in a batch
     max_skipped: int = Field(default=0, ge=0)  # damaged samples a rank tolerates in an epoch before the run stops
+    verify: Literal["off", "sampled", "full"] = (
+        "full"  # radiographs compared with their checksums: none, every 16th, all
+    )
+    augment_on: Literal["worker", "device"] = "worker"  # who makes the views; device: for GPUs that starve
+    cache_dir: str = ""  # where remote shards are kept; "": $IMITATE_DS_CACHE, or ~/.cache/imitate_ds
+    cache_gib: float = Field(default=100.0, gt=0)  # of a machine, and of each remote folder
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -285,6 +306,14 @@ def build_run_config(values: dict[str, Any]) -> RunConfig:
         raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
 
 
+def build_data_config(values: dict[str, Any]) -> DataConfig:
+    """The data section alone, for what reads shards without a run."""
+    try:
+        return DataConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain({**e, "loc": ("data", *e["loc"])}) for e in error.errors())) from None
+
+
 def dump_run_config(config: RunConfig) -> str:
     """The run file that reproduces this run: every setting written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -332,7 +361,9 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _section_at(path: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for part in path:
-        section = _section_of(section.model_fields[part].annotation) or section
+        if not part.isdigit():  # the number of an entry in a list
+            annotation = section.model_fields[part].annotation
+            section = _section_of(annotation) or _section_of(next(iter(get_args(annotation)), None)) or section
     return section
 
 
@@ -351,5 +382,7 @@ def _explain(error: Any) -> str:
         return f"{key} = {error['input']!r}: must be a section of {', '.join(_section_at(path).model_fields)}"
     if error["type"] == "missing":
         return f"{key}: must be given; add it to the run file or pass --set {key}=..."
-    rule = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = (
+        error["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("valid tuple", "list")
+    )
     return f"{key} = {error['input']!r}: {rule}" if key else rule

@@ -16,9 +16,11 @@ from torch import Tensor
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
 from imitate_ds.config import RunConfig, dump_run_config, load_run_config
-from imitate_ds.data.loader import build_train_loader, build_train_plan
-from imitate_ds.data.shards import ShardIndex, load_index
-from imitate_ds.data.text_cache import text_info
+from imitate_ds.data.loader import build_train_loader, build_train_plan, open_train_folders
+from imitate_ds.data.shard_index import ShardIndex
+from imitate_ds.data.shard_plan import PLAN
+from imitate_ds.data.text_cache import fetch_encoder, text_info
+from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import broadcast_object, gather_objects, init_world, leave_world, training_device, world
 from imitate_ds.evaluation.validation import validate
 from imitate_ds.models.image_encoder import synchronise_batch_norm
@@ -42,10 +44,14 @@ from imitate_ds.training.schedule import learning_rate, restart_period
 FREE_SETTINGS = {
     "name",
     "output_dir",
-    "data.shards",  # the folder may move; its build and its embeddings may not change
+    "data.shards",  # folders may move; their builds, weights and embeddings may not change
     "data.val_split",
     "data.workers",
     "data.max_skipped",
+    "data.verify",
+    "data.augment_on",
+    "data.cache_dir",
+    "data.cache_gib",
     "train.resume",
     "train.save_every",
     "train.keep_last",
@@ -54,7 +60,7 @@ FREE_SETTINGS = {
     "train.images_every",
 }
 # Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
-RANKS_OWN = {"data.shards", "data.workers"}
+RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
 
 
 class Horizon(NamedTuple):
@@ -69,7 +75,7 @@ class Horizon(NamedTuple):
 class Inputs(NamedTuple):
     """What a run is made from, opened and checked before anything is built."""
 
-    index: ShardIndex
+    folders: list[ShardIndex]
     text_encoder: str  # fingerprint
     text_width: int
     horizon: Horizon
@@ -104,15 +110,22 @@ def pretrain(config: RunConfig) -> dict[str, float]:
         pauses_at=lambda done: _saves_at(done, config, horizon) or _validates_at(done, config, horizon),
     )
     batches = build_train_loader(
-        config, rank=here.rank, world_size=here.size, start_step=start_step, stop_step=horizon.total_steps
+        config,
+        rank=here.rank,
+        world_size=here.size,
+        start_step=start_step,
+        stop_step=horizon.total_steps,
+        folders=inputs.folders,
+        record=config.run_dir / f"skipped.rank{here.rank}.jsonl",
     )
     period = restart_period(horizon.samples, horizon.global_batch_size, config.optim.restart_epochs)
     rate = partial(learning_rate, total_steps=horizon.total_steps, optim=config.optim, period=period)
     pause = partial(_pause, engine, config, inputs, monitor, metrics)
     try:
-        train_steps(engine, batches, partial(_step, engine, config), rate, monitor, settings, pause)
+        views = TrainViews(config.data.augment, config.data.input_size)
+        train_steps(engine, batches, partial(_step, engine, config, views), rate, monitor, settings, pause)
         if not metrics and start_step and _validates_at(horizon.total_steps, config, horizon):
-            metrics.update(validate(engine, config, inputs.index))  # the run had ended; say again how it stands
+            metrics.update(validate(engine, config, inputs.folders))  # the run had ended; say again how it stands
         export(engine, config, inputs)
         monitor.hyperparameters(_flat(config.model_dump(mode="json")), metrics)
         monitor.say(f"export: {config.run_dir / 'export'}")
@@ -127,27 +140,32 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
     state = full_state_dict(engine)
     if not world().is_main:
         return
-    if (now := text_info(config.data.shards)["encoder"]) != inputs.text_encoder:
+    first = inputs.folders[0]
+    if (now := text_info(first)["encoder"]) != inputs.text_encoder:
         raise RuntimeError(
-            f"data.shards = '{config.data.shards}': embedded anew during the run (encoder {now}, the run began with "
+            f"data.shards = '{first.root}': embedded anew during the run (encoder {now}, the run began with "
             f"{inputs.text_encoder}); embed with the first one again and go on with --set train.resume=true"
         )
     empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
     model = _model(config.model_copy(update={"model": empty}), inputs)
     model.load_state_dict(state)
-    index, horizon = inputs.index, inputs.horizon
+    horizon = inputs.horizon
     card = {
-        "data": index.source,
-        "synthetic": index.synthetic,
-        "image_size": index.image_size,
-        "build_id": index.build_id,
+        "data": _sources(inputs),
+        "synthetic": all(folder.synthetic for folder in inputs.folders),
+        "image_size": first.image_size,
+        "build_id": " ".join(folder.build_id for folder in inputs.folders),
         "train_split": config.data.train_split,
         "samples": horizon.samples,
         "steps": horizon.total_steps,
         "global_batch_size": horizon.global_batch_size,
     }
-    encoder = config.data.shards / "text_encoder"
+    encoder = fetch_encoder(first)
     hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+
+
+def _sources(inputs: Inputs) -> str:
+    return " + ".join(dict.fromkeys(folder.source for folder in inputs.folders))
 
 
 def _with_operands(config: RunConfig) -> RunConfig:
@@ -167,22 +185,24 @@ def _with_operands(config: RunConfig) -> RunConfig:
 
 
 def _open_inputs(config: RunConfig) -> Inputs:
-    index = load_index(config.data.shards)
+    folders = open_train_folders(config.data)
     if config.data.val_split and config.train.eval_every:
-        _check_val_split(config, index)
-    info = text_info(config.data.shards)
-    plan = build_train_plan(config, index, world_size=world().size)
+        _check_val_split(config, folders)
+    info = text_info(folders[0])
+    global_batch_size = config.train.micro_batch_size * world().size
+    plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=global_batch_size)
     total = plan.steps_per_epoch * config.train.epochs
     total = min(total, config.train.max_steps or total)
-    horizon = Horizon(plan.samples, config.train.micro_batch_size * world().size, plan.steps_per_epoch, total)
-    return Inputs(index, info["encoder"], info["width"], horizon, batch_norm_policy(config.train, training_device()))
+    horizon = Horizon(plan.samples, global_batch_size, plan.steps_per_epoch, total)
+    return Inputs(folders, info["encoder"], info["width"], horizon, batch_norm_policy(config.train, training_device()))
 
 
-def _check_val_split(config: RunConfig, index: ShardIndex) -> None:
-    splits = sorted({shard.split for shard in index.shards})
+def _check_val_split(config: RunConfig, folders: list[ShardIndex]) -> None:
+    splits = sorted({split for folder in folders for split in folder.splits})
     if config.data.val_split not in splits:
+        where = ", ".join(part.shards for part in config.data.shards)
         raise ValueError(
-            f"data.val_split = {config.data.val_split!r}: '{config.data.shards}' has {', '.join(splits)}; name one of "
+            f"data.val_split = {config.data.val_split!r}: '{where}' has {', '.join(splits)}; name one of "
             "them, or train without validation: --set data.val_split="
         )
 
@@ -233,7 +253,13 @@ def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """What must be the same when a run goes on, as JSON values."""
     settings = _flat(json.loads(config.model_dump_json()))
     fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
-    return {**fixed, "shards": inputs.index.build_id, "text encoder": inputs.text_encoder, "ranks": world().size}
+    data = {
+        "shards": " ".join(folder.build_id for folder in inputs.folders),
+        "weights of shards": [part.weight for part in config.data.shards],
+        "version of the plan": PLAN,
+        "text encoder": inputs.text_encoder,
+    }
+    return {**fixed, **data, "ranks": world().size}
 
 
 def _check_same_run(now: dict[str, Any], then: dict[str, Any], checkpoint: Path) -> None:
@@ -263,7 +289,7 @@ def _pause(
     """Validate and save, where `done` steps are the time for it."""
     average_batch_norm_statistics(engine.module)
     if _validates_at(done, config, inputs.horizon):
-        metrics.update(validate(engine, config, inputs.index))
+        metrics.update(validate(engine, config, inputs.folders))
         monitor.scalars(done, metrics, split="val")
         monitor.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("R@5")))
         set_training_mode(engine.module, inputs.batch_norm)
@@ -273,8 +299,10 @@ def _pause(
         save_checkpoint(engine, config.run_dir / "checkpoints", done, state, keep_last=config.train.keep_last)
 
 
-def _step(engine: Any, config: RunConfig, batch: Batch) -> StepOutput:
+def _step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:
     """Forward and backward of one step, and how well the micro-batch retrieves itself."""
+    if batch.draws is not None:
+        batch = batch._replace(images=views(batch.images[:, 0], batch.draws), draws=None)
     features, losses = _forward_and_backward(engine, config, batch)
     scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
     learned, constant = features.temperature, losses.total.new_full((), config.objective.temperature.init)
@@ -321,11 +349,11 @@ def _pictures(batch: Batch, similarity: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _describe(config: RunConfig, inputs: Inputs, start_step: int) -> str:
-    index, horizon = inputs.index, inputs.horizon
-    kind = " (synthetic)" if index.synthetic else ""
+    horizon = inputs.horizon
+    kind = " (synthetic)" if all(folder.synthetic for folder in inputs.folders) else ""
     start = f", resuming at step {start_step}" if start_step else ""
     return (
-        f"{config.name}: {horizon.samples} studies of {index.source}{kind}, {config.model.image_encoder}, "
+        f"{config.name}: {horizon.samples} studies of {_sources(inputs)}{kind}, {config.model.image_encoder}, "
         f"{world().size} rank(s) x {config.train.micro_batch_size} = batch {horizon.global_batch_size}, "
         f"{horizon.total_steps} steps of {config.train.epochs} epoch(s){start}"
     )

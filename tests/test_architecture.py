@@ -23,7 +23,9 @@ ENTRANCES = {"pretrain", "finetune", "evaluate", "cli"}
 ONLY_IN = {
     "deepspeed": {"training.engine"},
     "triton": {"ops.contrastive_triton"},
-    "webdataset": {"data.loader", "data.shards"},
+    "webdataset": {"data.shards"},
+    "fsspec": {"data.shard_store"},
+    "simplejpeg": {"data.stored_images"},
     "pydicom": {"data.radiographs"},
     "pydantic": {"config"},
     "yaml": {"config"},

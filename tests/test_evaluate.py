@@ -9,7 +9,7 @@ import torch
 
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import load_index, read_samples
-from imitate_ds.data.text_cache import text_info, text_width
+from imitate_ds.data.text_cache import text_info
 from imitate_ds.evaluate import evaluate_probe, evaluate_retrieval, evaluate_zero_shot
 from imitate_ds.evaluation.embedded import duplicate_groups, embed_radiographs, embed_reports, read_split
 from imitate_ds.hub import load_model, save_pretrained
@@ -34,7 +34,7 @@ def _export(shards, folder, *, impression_text="impression", findings=True, enco
         values["objective"] = {"weights": {"image_findings": 0.0, "views_findings": 0.0}}
     config = build_run_config(values)
     torch.manual_seed(0)
-    model = ImitateModel(config.model, text_width(shards), input_size=64)
+    model = ImitateModel(config.model, text_info(load_index(shards))["width"], input_size=64)
     card = {"data": "phantom", "synthetic": True, "image_size": 64, "build_id": load_index(shards).build_id}
     encoder = encoder or shards / "text_encoder"
     save_pretrained(model, folder, config=config, text_encoder_folder=encoder, card=card)
@@ -123,12 +123,14 @@ def test_whole_reports_are_compared_where_the_model_was_aligned_with_them(phanto
 def test_embeddings_of_reports_come_from_the_cache_only_if_the_encoder_is_the_same(phantom_shards, export, tmp_path):
     model, records = load_model(export), read_split(load_index(phantom_shards), "val")
     cached = embed_reports(model, records)
-    assert model.text_encoder.fingerprint == text_info(phantom_shards)["encoder"]
+    assert model.text_encoder.fingerprint == text_info(load_index(phantom_shards))["encoder"]
     fresh = model.encode_text(records.texts("report"))
     torch.testing.assert_close(cached.report, fresh, atol=2e-3, rtol=0)  # the cache is fp16
 
-    other = LsaEncoder.fit([*records.findings, "a word of its own"], dim=text_width(phantom_shards), seed=1)
-    assert other.width == text_width(phantom_shards)
+    other = LsaEncoder.fit(
+        [*records.findings, "a word of its own"], dim=text_info(load_index(phantom_shards))["width"], seed=1
+    )
+    assert other.width == text_info(load_index(phantom_shards))["width"]
     other.save(tmp_path / "encoder")
     stranger = load_model(_export(phantom_shards, tmp_path / "export", encoder=tmp_path / "encoder"))
     assert (embed_reports(stranger, records).report - cached.report).abs().max() > 0.01

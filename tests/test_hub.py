@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import imitate_ds
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import load_index, read_samples
-from imitate_ds.data.text_cache import text_info, text_width
+from imitate_ds.data.text_cache import text_info
 from imitate_ds.data.transforms import eval_view
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
@@ -36,7 +36,9 @@ def _config(shards, **model):
 def _export(shards, folder, *, card=CARD, text_encoder=True, **model):
     config = _config(shards, **model)
     torch.manual_seed(0)
-    network = ImitateModel(config.model, text_width(shards), input_size=config.data.input_size).eval()
+    network = ImitateModel(
+        config.model, text_info(load_index(shards))["width"], input_size=config.data.input_size
+    ).eval()
     encoder = shards / "text_encoder" if text_encoder else None
     save_pretrained(network, folder, config=config, text_encoder_folder=encoder, card=card)
     return network
@@ -89,7 +91,7 @@ def test_the_configuration_says_what_the_model_was_trained_on(phantom_shards, tm
     _export(phantom_shards, tmp_path / "export", card={**CARD, "build_id": "abc"})
     settings = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (settings["build_id"], settings["train_split"]) == ("abc", "train")
-    assert settings["text_encoder"] == {"kind": "lsa", "fingerprint": text_info(phantom_shards)["encoder"]}
+    assert settings["text_encoder"] == {"kind": "lsa", "fingerprint": text_info(load_index(phantom_shards))["encoder"]}
 
 
 def test_another_text_encoder_than_that_of_the_run_is_refused(export, tmp_path):
@@ -148,7 +150,7 @@ def test_a_learned_temperature_is_a_number_of_the_configuration(phantom_shards, 
         _config(phantom_shards).model_dump(mode="json") | {"objective": {"temperature": {"learnable": True}}}
     )
     torch.manual_seed(0)
-    width, learnable = text_width(phantom_shards), config.objective.temperature
+    width, learnable = text_info(load_index(phantom_shards))["width"], config.objective.temperature
     network = ImitateModel(config.model, width, input_size=48, temperature=learnable).eval()
     torch.nn.init.constant_(network.temperature.exponent, -0.5)
     encoder = phantom_shards / "text_encoder"

@@ -88,7 +88,7 @@ def test_two_ranks_train_validate_save_export_and_evaluate(run_file, phantom_sha
 
     # The same figures from one process, from the exported weights.
     config = load_run_config(folder / "config.yaml")
-    alone = validate(OneProcess(model.model), config, load_index(phantom_shards))
+    alone = validate(OneProcess(model.model), config, [load_index(phantom_shards)])
     assert alone == pytest.approx({k: v for k, v in validated[-1].items() if "R@" in k})
 
     results = evaluate_retrieval(folder / "export", phantom_shards, folder)

@@ -1,17 +1,20 @@
 """Shards -> batches: the plan says which samples, workers read, decode and augment them, whole batches come out.
 
-A WebDataset pipeline of four stages (plan, load, views, collate) runs in every worker. Worker w takes the batches
-w, w + W, ... and the DataLoader asks its workers in turn, so batches arrive in the plan's order whatever W is. Members
-are read by their offset in the tar, so a run starts anywhere without reading what came before.
+The plan stays in the training process, which hands each worker the samples of its next batch; so a worker holds no more
+for a million samples than for a hundred, and batches arrive in the plan's order whatever the number of workers.
+Members are read by their offset in the tar, so a run starts anywhere without reading what came before.
 """
 
+import atexit
 import hashlib
+import json
 import logging
+import multiprocessing
+import os
 import signal
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,27 +22,29 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
-from webdataset.pipeline import DataPipeline
+from torch.utils.data import DataLoader, Dataset
 
 from imitate_ds.batch import Batch
-from imitate_ds.config import RunConfig
-from imitate_ds.data.radiographs import decode_radiograph
-from imitate_ds.data.shard_index import ShardIndex, load_index
-from imitate_ds.data.shard_plan import ShardPlan, ShardRow
+from imitate_ds.config import DataConfig, RunConfig
+from imitate_ds.data.member_table import Member
+from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at
+from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
 from imitate_ds.data.shard_sample import error_rule
-from imitate_ds.data.text_cache import TextCache, load_text_cache
+from imitate_ds.data.stored_images import decode_stored
+from imitate_ds.data.text_cache import TextCache, load_text_cache, sidecar_file, text_info
 from imitate_ds.data.transforms import TrainViews, eval_view
 
 log = logging.getLogger(__name__)
 
 VERIFY = "check the shards with 'imitate-ds shards verify'"
-OPEN_SHARDS = 16  # tars a worker holds open; twice the plan's window, for batches that lie across two windows
+OPEN_SHARDS = 64  # tars a worker holds open; a batch of one rank lies in fewer
+SAMPLED = 16  # data.verify = sampled compares every so-manieth sample
+PREFETCHED_BATCHES = 32  # how far ahead remote shards are fetched
 
 
 class Sample(NamedTuple):
     key: str
-    image: Tensor  # uint8 [1, H, W]; behind the views [V, 1, h, w]
+    image: Tensor  # uint8 [1, H, W]
     findings: Tensor  # float32 [E]
     impression: Tensor
     has_findings: bool
@@ -53,10 +58,11 @@ class Damaged(NamedTuple):
     rule: str
 
 
-class Loaded(NamedTuple):
+class Request(NamedTuple):
+    """What a worker is asked for: the samples of one step on this rank."""
+
     step: int
-    samples: list[Sample]
-    damaged: list[Damaged]
+    rows: list[PlannedSample]
 
 
 class _OpenShard(NamedTuple):
@@ -67,43 +73,70 @@ class _OpenShard(NamedTuple):
 class ShardReader:
     """Reads samples of one split in any order; holds the last few tars open and their embeddings mapped.
 
-    Offsets lie in arrays: a worker's copy of the index of 200,000 samples takes 6 MB, where Member tuples take 87 MB.
+    Shards are counted over all folders. verify: which radiographs are compared with their checksum, and whether
+    embeddings are when their file is opened (data.verify).
     """
 
-    def __init__(self, index: ShardIndex, split: str, *, impression_text: str = "impression", with_text: bool = True):
-        shards = index.of_split(split)
-        members = [member for shard in shards for member in shard.members]
-        self.root = index.root
+    def __init__(
+        self,
+        folders: Sequence[ShardIndex],
+        split: str,
+        *,
+        impression_text: str = "impression",
+        with_text: bool = True,
+        verify: str = "full",
+    ):
         self.impression_text = impression_text
         self.with_text = with_text
-        self.samples = len(members)
-        self._shards = tuple(replace(shard, members=()) for shard in shards)
-        self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
-        self._keys = np.array([member.key for member in members], dtype="S16")
-        self._places = np.array([(m.image_offset, m.image_size) for m in members], dtype=np.int64).reshape(-1, 2)
+        self.verify = verify
+        self._shards = [(folder, shard) for folder in folders for shard in folder.of_split(split)]
+        self._starts = np.cumsum([0, *(shard.samples for _, shard in self._shards)])
+        self.samples = int(self._starts[-1])
+        self.remote = any(folder.store for folder in folders)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._text_info = {folder.root: text_info(folder) for folder in folders} if with_text else {}
         if with_text:
-            for shard in self._shards:
-                load_text_cache(self.root, shard)  # maps the file only: embeddings of another build fail here and now
+            self._check_embeddings()
 
-    def row_of(self, sample: int) -> ShardRow:
+    def row_of(self, sample: int) -> PlannedSample:
         """Where the n-th sample of the split lies."""
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return shard, sample - int(self._starts[shard])
+        return PlannedSample(shard, sample - int(self._starts[shard]), 0)
 
-    def key(self, where: ShardRow) -> str:
-        return bytes(self._keys[self._starts[where[0]] + where[1]]).decode()
+    def member(self, where: PlannedSample) -> Member:
+        return self._shards[where.shard][1].members[where.row]
 
-    def read(self, where: ShardRow) -> Sample:
-        """Raises ValueError or OSError for a sample that is damaged."""
-        shard = self._shard(where[0])
-        offset, size = self._places[self._starts[where[0]] + where[1]].tolist()
-        shard.file.seek(offset)
-        image = torch.tensor(decode_radiograph(shard.file.read(size)))[None]
-        if shard.text is None:
+    def read(self, where: PlannedSample, *, at_least: int = 0) -> Sample:
+        """One sample; at_least: a smaller decode will do, down to this side. ValueError or OSError where it is damaged."""
+        member, opened = self.member(where), self._shard(where.shard)
+        crc = member.image_crc if self._verifies(where) else None
+        data = read_at(opened.file, self._shards[where.shard][1].name, member.image_offset, member.image_size, crc)
+        image = decode_stored(data, at_least=at_least)
+        if opened.text is None:
             nothing = torch.empty(0)
-            return Sample(self.key(where), image, nothing, nothing, False, False)
-        return Sample(self.key(where), image, *self._text(shard.text, where[1]))
+            return Sample(member.key, image, nothing, nothing, False, False)
+        return Sample(member.key, image, *self._text(opened.text, where.row))
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Have the files of remote shards fetched in the background."""
+        for folder, shard in (self._shards[number] for number in shards):
+            texts = [sidecar_file(self._text_info[folder.root], shard)] if self.with_text else []
+            folder.prefetch([shard.file, *texts])
+
+    def _verifies(self, where: PlannedSample) -> bool:
+        return self.verify == "full" or (self.verify == "sampled" and (where.row + where.visit) % SAMPLED == 0)
+
+    def _check_embeddings(self) -> None:
+        """Embeddings of another build, or of several encoders, fail here and now; so does one that is missing."""
+        encoders = {info["encoder"]: root for root, info in self._text_info.items()}
+        if len(encoders) > 1:
+            raise ValueError(
+                f"data.shards: {', '.join(map(str, encoders.values()))} are embedded by different text encoders; embed "
+                "the others with the first one: 'imitate-ds shards embed DIR --text-encoder FIRST/text_encoder'"
+            )
+        for folder, shard in self._shards:
+            if folder.store is None:
+                load_text_cache(folder.root, shard, self._text_info[folder.root])  # maps the file only
 
     def _text(self, text: TextCache, row: int) -> tuple[Tensor, Tensor, bool, bool]:
         """The embeddings of both sections, and whether each is there."""
@@ -119,36 +152,94 @@ class ShardReader:
         if number not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
-            entry = self._shards[number]
-            text = load_text_cache(self.root, entry) if self.with_text else None
-            self._open[number] = _OpenShard((self.root / entry.name).open("rb"), text)
+            self._open[number] = self._open_shard(*self._shards[number])
         self._open.move_to_end(number)
         return self._open[number]
 
+    def _open_shard(self, folder: ShardIndex, shard: ShardEntry) -> _OpenShard:
+        text = None
+        if self.with_text:
+            info = self._text_info[folder.root]
+            folder.fetch(sidecar_file(info, shard))
+            text = load_text_cache(folder.root, shard, info, verify=self.verify != "off")
+        file = folder.fetch(shard.file).open("rb")
+        # Members are read in an order that no read-ahead can guess, and all of them within a window.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return _OpenShard(file, text)
 
-@dataclass(frozen=True)
-class EvalBatches:
-    """The batches of one rank, in index order. May be iterated again."""
 
-    loader: DataLoader
-    batches: int
+class _TrainSet(Dataset):
+    """A request -> its batch, in whichever process asks."""
+
+    def __init__(self, reader: ShardReader, plan: ShardPlan, config: RunConfig, rank: int):
+        self.reader = reader
+        self.plan = plan
+        self.rank = rank
+        self.seed = config.seed
+        self.max_skipped = config.data.max_skipped
+        self.views = TrainViews(config.data.augment, config.data.input_size)
+        self.on_device = config.data.augment_on == "device"
+
+    def __getitem__(self, request: Request) -> tuple[Batch, list[Damaged]]:
+        step, rows = request
+        read = [self._read(step, self.rank * len(rows) + place, row) for place, row in enumerate(rows)]
+        samples = [sample for sample, _, _ in read]
+        seeds = [_view_seed(self.seed, where.visit, sample.key) for sample, where, _ in read]
+        damaged = [found for _, _, several in read for found in several]
+        _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
+        images, draws = torch.stack([sample.image for sample in samples]), self.views.draw(seeds)
+        if self.on_device:
+            return _collate(samples, images[:, None], step)._replace(draws=draws), damaged
+        return _collate(samples, self.views(images, draws), step), damaged
+
+    def _read(self, step: int, position: int, row: PlannedSample) -> tuple[Sample, PlannedSample, list[Damaged]]:
+        """A planned sample, or the first of its substitutes that is whole."""
+        damaged: list[Damaged] = []
+        for where in chain([row], (self.plan.substitute(step, position, attempt) for attempt in count(1))):
+            try:
+                return self.reader.read(where, at_least=self.views.decode_side), where, damaged
+            except (ValueError, OSError) as error:
+                damaged.append(Damaged(self.reader.member(where).key, error_rule(error)))
+                _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
+        raise AssertionError("substitutes never end")
+
+
+class _EvalSet(Dataset):
+    def __init__(self, reader: ShardReader, samples: list[int], batch_size: int, input_size: int):
+        self.reader = reader
+        self.samples = samples
+        self.batch_size = batch_size
+        self.input_size = input_size
 
     def __len__(self) -> int:
-        return self.batches
+        return -(-len(self.samples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, _ in self.loader:
-            yield batch
+    def __getitem__(self, step: int) -> Batch:
+        mine = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
+        samples = [self._read(self.reader.row_of(sample)) for sample in mine]
+        views = [eval_view(sample.image, self.input_size)[None] for sample in samples]
+        return _collate(samples, torch.stack(views), step)
+
+    def _read(self, where: PlannedSample) -> Sample:
+        try:
+            return self.reader.read(where)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"sample {self.reader.member(where).key}: {error_rule(error)}; {VERIFY}") from error
 
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """The batches of one rank, in the plan's order. Counts damaged samples, which the workers cannot: each sees some."""
+    """The batches of one rank, in the plan's order. Counts damaged samples, which the workers cannot: each sees some.
+
+    skipped: how many samples were passed over for each reason, in all that was iterated so far.
+    """
 
     loader: DataLoader
     plan: ShardPlan
     max_skipped: int
     steps: range
+    record: Path | None
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -158,49 +249,107 @@ class TrainBatches:
         for batch, found in self.loader:
             if epoch != self.plan.epoch_of(batch.step):
                 epoch, damaged = self.plan.epoch_of(batch.step), []
-            for sample in found:
-                log.warning("sample %s skipped in step %d: %s", sample.key, batch.step, sample.rule)
+            self._note(batch.step, found)
             damaged += found
             _check_damage(damaged, self.max_skipped, epoch)
             yield batch
 
+    def _note(self, step: int, found: list[Damaged]) -> None:
+        self.skipped.update(sample.rule for sample in found)
+        for sample in found:
+            log.warning("sample %s skipped in step %d: %s", sample.key, step, sample.rule)
+        if found and self.record:
+            lines = [json.dumps({"step": step, **sample._asdict()}) + "\n" for sample in found]
+            with self.record.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
 
-def build_train_plan(config: RunConfig, index: ShardIndex, *, world_size: int) -> ShardPlan:
-    """The order of the training split; samples of one study never meet in one global batch."""
-    shards = index.of_split(config.data.train_split)
-    studies = [member.study for shard in shards for member in shard.members]
-    return ShardPlan(
-        [shard.samples for shard in shards],
-        seed=config.seed,
-        global_batch_size=config.train.micro_batch_size * world_size,
-        groups=np.unique(np.array(studies, dtype="S12"), return_inverse=True)[1],
-    )
+
+def open_train_folders(data: DataConfig) -> list[ShardIndex]:
+    """The indexes of all folders a run reads, local or remote.
+
+    With data.max_skipped > 0 missing and shortened tars are no reason to stop here: their samples are skipped and counted.
+    """
+    cache, room = Path(data.cache_dir).expanduser() if data.cache_dir else None, int(data.cache_gib * 2**30)
+    folders = [
+        open_index(part.shards, cache=cache, max_bytes=room, check_files=not data.max_skipped) for part in data.shards
+    ]
+    sizes = {folder.image_size for folder in folders}
+    if len(sizes) > 1:
+        raise ValueError(f"data.shards: images of {sorted(sizes)} pixels; build all folders with one --image-size")
+    return folders
+
+
+def build_train_plan(
+    data: DataConfig, folders: Sequence[ShardIndex], *, seed: int, global_batch_size: int
+) -> ShardPlan:
+    """The order of the training split; samples of one study (or patient: data.apart) never meet in one global batch."""
+    parts: list[Folder] = []
+    for folder, part in zip(folders, data.shards, strict=True):
+        shards = folder.of_split(data.train_split)
+        groups = np.concatenate([shard.members.column(data.apart) for shard in shards])
+        parts.append(Folder([shard.samples for shard in shards], groups, part.weight))
+    return ShardPlan(parts, seed=seed, global_batch_size=global_batch_size)
 
 
 def build_train_loader(
-    config: RunConfig, *, rank: int, world_size: int, start_step: int = 0, stop_step: int
+    config: RunConfig,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+    stop_step: int,
+    folders: Sequence[ShardIndex] | None = None,
+    record: Path | None = None,
 ) -> TrainBatches:
     """This rank's share of the global batches start_step .. stop_step - 1, two views of every sample.
 
-    A damaged sample is replaced by another one, logged by key and counted; above data.max_skipped damaged samples on
-    a rank in one epoch, iterating raises RuntimeError.
+    A damaged sample is replaced by another one, logged by key, counted, and written to `record` (JSON lines) if given;
+    above data.max_skipped damaged samples on a rank in one epoch, iterating raises RuntimeError.
     """
-    index = load_index(config.data.shards)
-    plan = build_train_plan(config, index, world_size=world_size)
-    reader = ShardReader(index, config.data.train_split, impression_text=config.data.impression_text)
-    views = TrainViews(config.data.augment, config.data.input_size)
-    pipeline = DataPipeline(
-        partial(_worker_share, range(start_step, stop_step)),
-        partial(_load_planned, reader, plan, rank, world_size, config.data.max_skipped),
-        partial(_map_images, partial(_train_views, views, config.seed, plan)),
-        _collate,
-    )
-    loader = _in_workers(pipeline, config.data.workers)
-    return TrainBatches(loader, plan, config.data.max_skipped, range(start_step, stop_step))
+    data = config.data
+    folders = folders or open_train_folders(data)
+    global_batch_size = config.train.micro_batch_size * world_size
+    plan = build_train_plan(data, folders, seed=config.seed, global_batch_size=global_batch_size)
+    reader = ShardReader(folders, data.train_split, impression_text=data.impression_text, verify=data.verify)
+    steps = range(start_step, stop_step)
+    requests = _Requests(plan, reader, rank, world_size, steps)
+    loader = _in_workers(_TrainSet(reader, plan, config, rank), data.workers, requests)
+    return TrainBatches(loader, plan, data.max_skipped, steps, record)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What the training process asks its workers for, step after step; may be iterated again."""
+
+    plan: ShardPlan
+    reader: ShardReader
+    rank: int
+    world_size: int
+    steps: range
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Request]:
+        requests = (Request(step, self.plan.rank_batch(step, self.rank, self.world_size)) for step in self.steps)
+        return self._with_prefetch(requests) if self.reader.remote else requests
+
+    def _with_prefetch(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """The same requests, each a few batches after its shards were asked for."""
+        waiting: deque[Request] = deque()
+        asked: set[int] = set()
+        for request in requests:
+            shards = {row.shard for row in request.rows}
+            self.reader.prefetch(sorted(shards - asked))
+            asked = shards
+            waiting.append(request)
+            if len(waiting) > PREFETCHED_BATCHES:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def build_eval_loader(
-    shards: Path | ShardIndex,
+    folders: ShardIndex | Sequence[ShardIndex],
     split: str,
     *,
     input_size: int,
@@ -210,7 +359,7 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     with_text: bool = True,
-) -> EvalBatches:
+) -> DataLoader:
     """Every sample of a split once, in index order, one view each; rank r has the r-th contiguous part.
 
     All ranks get the same number of batches of the same sizes, so that collectives match: the split's last sample is
@@ -218,35 +367,40 @@ def build_eval_loader(
     no embeddings; the text fields are then empty. A damaged sample raises ValueError: a figure over most of a split
     is not a figure of the split.
     """
-    index = shards if isinstance(shards, ShardIndex) else load_index(shards)
-    reader = ShardReader(index, split, impression_text=impression_text, with_text=with_text)
+    folders = [folders] if isinstance(folders, ShardIndex) else folders
+    reader = ShardReader(folders, split, impression_text=impression_text, with_text=with_text)
     share = -(-reader.samples // world_size)
     mine = [min(rank * share + i, reader.samples - 1) for i in range(share)]
-    pipeline = DataPipeline(
-        partial(_worker_share, range(-(-share // batch_size))),
-        partial(_load_listed, reader, mine, batch_size),
-        partial(_map_images, partial(_eval_views, input_size)),
-        _collate,
-    )
-    return EvalBatches(_in_workers(pipeline, workers), -(-share // batch_size))
+    batches = _EvalSet(reader, mine, batch_size, input_size)
+    return _in_workers(batches, workers, range(len(batches)))
 
 
-def _in_workers(pipeline: DataPipeline, workers: int) -> DataLoader:
-    """Run a pipeline in worker processes, or here where there are none.
+def _in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoader:
+    """Make batches in worker processes, or here where there are none.
 
     By fork: the first batch came after 1.4 s, with forkserver after 6 s and with spawn after 24 s (two workers, two busy
     cores), since those import the trainer's main module, DeepSpeed included, in every worker, and again for each
     evaluation. A worker may be forked beside the threads of gloo or NCCL because it never calls them, and computes on
     one thread; 160 forks beside busy all-reduces were tried.
     """
+    if workers:
+        atexit.register(_end_workers)
     return DataLoader(
-        pipeline,  # type: ignore[arg-type]  # an IterableDataset, through a base that pyright cannot see
+        batches,
         batch_size=None,
+        sampler=requests,  # in this process, and lazily: the plan is drawn here
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers else None,
     )
+
+
+def _end_workers() -> None:
+    """At exit multiprocessing sends SIGTERM to its daemons and waits; workers whose loader lives on do not hear it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(worker: int) -> None:
@@ -256,76 +410,23 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _worker_share(steps: range) -> Iterator[int]:
-    """Stage 1: the batches this worker makes, every W-th."""
-    info = get_worker_info()
-    return iter(steps[info.id :: info.num_workers] if info else steps)
+def _view_seed(seed: int, visit: int, key: str) -> int:
+    """The same views of a sample in the same visit, wherever and in whatever order they are made."""
+    text = f"{seed}/{visit}/{key}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def _load_planned(
-    reader: ShardReader, plan: ShardPlan, rank: int, world_size: int, max_skipped: int, steps: Iterable[int]
-) -> Iterator[Loaded]:
-    """Stage 2 of training: this rank's samples of each step, a damaged one replaced as the plan says."""
-    for step in steps:
-        rows = plan.rank_batch(step, rank, world_size)
-        samples: list[Sample] = []
-        damaged: list[Damaged] = []
-        for position, row in enumerate(rows, rank * len(rows)):
-            substitutes = (plan.substitute(step, position, attempt) for attempt in count(1))
-            for candidate in chain([row], substitutes):
-                try:
-                    samples.append(reader.read(candidate))
-                    break
-                except (ValueError, OSError) as error:
-                    damaged.append(Damaged(reader.key(candidate), error_rule(error)))
-                    _check_damage(damaged, max_skipped, plan.epoch_of(step))
-        yield Loaded(step, samples, damaged)
-
-
-def _load_listed(reader: ShardReader, samples: list[int], batch_size: int, steps: Iterable[int]) -> Iterator[Loaded]:
-    """Stage 2 of evaluation."""
-    for step in steps:
-        rows = [reader.row_of(sample) for sample in samples[step * batch_size : (step + 1) * batch_size]]
-        yield Loaded(step, [_read_or_name(reader, row) for row in rows], [])
-
-
-def _read_or_name(reader: ShardReader, row: ShardRow) -> Sample:
-    try:
-        return reader.read(row)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"sample {reader.key(row)}: {error_rule(error)}; {VERIFY}") from error
-
-
-def _map_images(make_views: Callable[[Sample, int], Tensor], source: Iterable[Loaded]) -> Iterator[Loaded]:
-    """Stage 3: radiographs [1, H, W] to views [V, 1, h, w]."""
-    for loaded in source:
-        samples = [sample._replace(image=make_views(sample, loaded.step)) for sample in loaded.samples]
-        yield loaded._replace(samples=samples)
-
-
-def _train_views(views: TrainViews, seed: int, plan: ShardPlan, sample: Sample, step: int) -> Tensor:
-    text = f"{seed}/{plan.epoch_of(step)}/{sample.key}"
-    return views(sample.image, int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
-
-
-def _eval_views(input_size: int, sample: Sample, step: int) -> Tensor:
-    return eval_view(sample.image, input_size)[None]
-
-
-def _collate(source: Iterable[Loaded]) -> Iterator[tuple[Batch, list[Damaged]]]:
-    """Stage 4."""
-    for step, samples, damaged in source:
-        keys, images, findings, impression, has_findings, has_impression = zip(*samples, strict=True)
-        batch = Batch(
-            keys=list(keys),
-            images=torch.stack(images),
-            findings=torch.stack(findings),
-            impression=torch.stack(impression),
-            has_findings=torch.tensor(has_findings),
-            has_impression=torch.tensor(has_impression),
-            step=step,
-        )
-        yield batch, damaged
+def _collate(samples: list[Sample], images: Tensor, step: int) -> Batch:
+    keys, _, findings, impression, has_findings, has_impression = zip(*samples, strict=True)
+    return Batch(
+        keys=list(keys),
+        images=images,
+        findings=torch.stack(findings),
+        impression=torch.stack(impression),
+        has_findings=torch.tensor(has_findings),
+        has_impression=torch.tensor(has_impression),
+        step=step,
+    )
 
 
 def _check_damage(damaged: list[Damaged], max_skipped: int, epoch: int) -> None:

@@ -162,3 +162,8 @@ def _parse_mit_lcp(text: str) -> ParsedReport:
         return ParsedReport(findings, impression, rule or "no section")
     paragraph = _clean(re.split(r"\n[ \t]*\n", parts[-1].rstrip())[-1])
     return ParsedReport("", paragraph, "last paragraph" if paragraph else "no section")
+
+
+def plain_words(text: str) -> str:
+    """A text without what two copies of a report may differ in: case, punctuation and blanks."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()

@@ -1,33 +1,27 @@
 """The index of a shard folder: which tars there are, and where in them every sample lies.
 
 A reader needs nothing else: with a member's offset and size a sample is one seek and one read, in any order. The format
-is written down in shards/README.md.
+is written down in shards/README.md. An index may come from a stranger: nothing in it is trusted before it is checked.
 """
 
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from zlib import crc32
 
-FORMAT = "imitate_ds.shards/1"
+from imitate_ds.data.member_table import MEMBERS, Member, MemberTable, map_table
+from imitate_ds.data.shard_store import File, ShardStore, is_remote, open_store
+
+FORMAT = "imitate_ds.shards/2"
 INDEX = "index.json"
 BUILDING = ".building"  # notes of an unfinished build, inside the shard folder; gone when index.json is written
-
-
-class Member(NamedTuple):
-    """One sample: its key, hashes that group samples by study and by patient, and the bytes of its two files."""
-
-    key: str
-    study: str
-    patient: str
-    image_offset: int
-    image_size: int
-    meta_offset: int
-    meta_size: int
+MAX_MEMBER_BYTES = 64 * 2**20  # of one file in a tar; a stored radiograph has a thousandth of it
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,11 @@ class ShardEntry:
     samples: int
     bytes: int
     sha256: str
-    members: tuple[Member, ...]
+    members: MemberTable = field(repr=False, compare=False)
+
+    @property
+    def file(self) -> File:
+        return File(self.name, self.bytes, self.sha256)
 
     @property
     def text_name(self) -> str:
@@ -54,7 +52,19 @@ class ShardIndex:
     build_id: str
     labels: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
-    fingerprint: str = ""  # of what the build was made from; "" in folders of earlier versions
+    fingerprint: str = ""  # of what the build was made from
+    store: ShardStore | None = field(
+        default=None, repr=False, compare=False
+    )  # where missing files come from, if remote
+
+    def fetch(self, file: File) -> Path:
+        """Where a file of this folder lies on this machine, once it is there."""
+        return self.store.fetch(file) if self.store else self.root / file.name
+
+    def prefetch(self, files: Iterable[File]) -> None:
+        """Have files fetched in the background, where they are not here."""
+        if self.store:
+            self.store.prefetch(files)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -81,26 +91,32 @@ def group_hash(source: str, identifier: str) -> str:
     return _hash(source, identifier, size=6)
 
 
-def load_index(root: Path) -> ShardIndex:
-    """Read the index of a shard folder and check that its tars are there, at their full size.
+def load_index(root: Path, *, check_files: bool = True) -> ShardIndex:
+    """Read the index of a shard folder and check that its tars are there, at their full size (unless check_files=False).
 
     Raises FileNotFoundError where there is no folder or no index, ValueError where the build or the copy is unfinished.
     """
-    path = root / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(_why_no_index(root))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: not valid JSON; build again with 'imitate-ds shards build'") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{path}: format must be {FORMAT}; build again with 'imitate-ds shards build'")
-    try:
-        index = _index(root, values)
-    except (KeyError, TypeError):
-        raise ValueError(f"{path}: not a complete index; build again with 'imitate-ds shards build'") from None
-    _check_files(index)
+    values = _read_values(root)
+    index = _index(root, values, _members(root, values))
+    if check_files:
+        _check_files(index)
     return index
+
+
+def open_index(
+    location: str, *, cache: Path | None = None, max_bytes: int = 100 * 2**30, check_files: bool = True
+) -> ShardIndex:
+    """The index of a shard folder at a path, or at a URL, whose files are then fetched into a cache as they are needed.
+
+    Raises what load_index raises, and OSError where the server cannot be reached.
+    """
+    if not is_remote(location):
+        return load_index(Path(location), check_files=check_files)
+    store = open_store(location, cache=cache, max_bytes=max_bytes)
+    store.fetch(File(INDEX), fresh=True)
+    members = _read_values(store.root)["members"]
+    store.fetch(File(MEMBERS, members.get("bytes"), members.get("sha256")))
+    return replace(load_index(store.root, check_files=False), store=store)
 
 
 def load_report(root: Path) -> dict:
@@ -114,10 +130,10 @@ def build_id(shards: tuple[ShardEntry, ...]) -> str:
     return hashlib.sha256("".join(f"{shard.name} {shard.sha256}\n" for shard in shards).encode()).hexdigest()
 
 
-def read_member(path: Path, offset: int, size: int) -> bytes:
-    """The bytes of one file inside a tar. Raises ValueError where the tar ends before them."""
-    with path.open("rb") as file:
-        return _read_at(file, path.name, offset, size)
+def read_meta(root: Path, shard: ShardEntry, member: Member) -> dict:
+    """The JSON values of one sample. Raises ValueError where the tar ends before them."""
+    with (root / shard.name).open("rb") as file:
+        return json.loads(read_at(file, shard.name, member.meta_offset, member.meta_size))
 
 
 def read_samples(index: ShardIndex, split: str) -> Iterator[tuple[Member, bytes, dict]]:
@@ -130,8 +146,21 @@ def read_shard(root: Path, shard: ShardEntry) -> Iterator[tuple[Member, bytes, d
     """Every sample of one shard, in order."""
     with (root / shard.name).open("rb") as file:
         for member in shard.members:
-            image = _read_at(file, shard.name, member.image_offset, member.image_size)
-            yield member, image, json.loads(_read_at(file, shard.name, member.meta_offset, member.meta_size))
+            image = read_at(file, shard.name, member.image_offset, member.image_size)
+            yield member, image, json.loads(read_at(file, shard.name, member.meta_offset, member.meta_size))
+
+
+def read_at(file, name: str, offset: int, size: int, crc: int | None = None) -> bytes:
+    """A member's bytes from an open tar, compared with their checksum where it is given. Raises ValueError."""
+    if size > MAX_MEMBER_BYTES:
+        raise ValueError(f"member too large: {size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"shard ends too early: {name} before byte {offset + size}; see 'imitate-ds shards verify'")
+    if crc is not None and crc32(data) != crc:
+        raise ValueError("checksum differs from the index")
+    return data
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -153,15 +182,58 @@ def _hash(*parts: str, size: int) -> str:
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=size).hexdigest()
 
 
-def _read_at(file, name: str, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) != size:
-        raise ValueError(f"{name}: ends before byte {offset + size}; check it with 'imitate-ds shards verify'")
-    return data
+def _read_values(root: Path) -> dict:
+    path = root / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(_why_no_index(root))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON; build again with 'imitate-ds shards build'") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path}: format must be {FORMAT}; build again with 'imitate-ds shards build'")
+    try:
+        _check_values(values)
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not a complete index; build again with 'imitate-ds shards build'") from None
+    return values
 
 
-def _index(root: Path, values: dict) -> ShardIndex:
+def _check_values(values: dict) -> None:
+    """Raises KeyError or TypeError for an incomplete index, ValueError for names that could lead out of its folder."""
+    for shard in values["shards"]:
+        if not isinstance(shard["name"], str) or not SHARD_NAME.fullmatch(shard["name"]):
+            raise ValueError(
+                f"{INDEX}: a shard is called {shard['name']!r}; a name is letters, digits, '.', '_' and '-', and ends in .tar"
+            )
+        wrong = [name for name in ("samples", "bytes") if type(shard[name]) is not int or shard[name] < 0]
+        if wrong or not isinstance(shard["split"], str) or not isinstance(shard["sha256"], str):
+            raise TypeError("samples and bytes are whole numbers, split and sha256 texts")
+    header = {"source": str, "synthetic": bool, "image_size": int, "build_id": str, "labels": list, "members": dict}
+    if not all(isinstance(values[name], kind) for name, kind in header.items()):
+        raise TypeError("the header is not what it should be")
+
+
+def _members(root: Path, values: dict) -> MemberTable:
+    path = root / MEMBERS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; copy it again, or build in an empty folder")
+    if file_sha256(path) != values["members"].get("sha256"):
+        raise ValueError(f"{path}: of another build than {INDEX}; copy both again, or build in an empty folder")
+    try:
+        return map_table(path, sum(shard["samples"] for shard in values["shards"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; build again with 'imitate-ds shards build'") from None
+
+
+def _index(root: Path, values: dict, members: MemberTable) -> ShardIndex:
+    shards: list[ShardEntry] = []
+    first = 0
+    for shard in values["shards"]:
+        rows = members[first : first + shard["samples"]]
+        facts = {name: shard[name] for name in ("name", "split", "samples", "bytes", "sha256")}
+        shards.append(ShardEntry(**facts, members=rows))
+        first += shard["samples"]
     return ShardIndex(
         root=root,
         source=values["source"],
@@ -169,16 +241,9 @@ def _index(root: Path, values: dict) -> ShardIndex:
         image_size=values["image_size"],
         build_id=values["build_id"],
         labels=tuple(values["labels"]),
-        shards=tuple(_entry(shard) for shard in values["shards"]),
+        shards=tuple(shards),
         fingerprint=values.get("fingerprint", ""),
     )
-
-
-def _entry(values: dict) -> ShardEntry:
-    entry = ShardEntry(**{**values, "members": tuple(Member(*member) for member in values["members"])})
-    if type(entry.samples) is not int or type(entry.bytes) is not int:
-        raise TypeError("samples and bytes are whole numbers")
-    return entry
 
 
 def _why_no_index(root: Path) -> str:

@@ -1,64 +1,79 @@
 """Which sample, in which order, on which rank: pure integers, no I/O.
 
-The order of an epoch is a function of (seed, epoch) alone: shards permuted, then samples permuted inside windows of a
-few shards, so that reading stays within a few files at a time. Global batch b of the epoch is order[b*G : (b+1)*G] and
-a rank takes its contiguous slice of it. A run may therefore stop on 4 ranks and go on with 3, or start in mid-epoch,
-without reading what came before; the whole state is one global step.
+The order of an epoch is a function of (seed, epoch) alone. Shards are permuted; a window of a few thousand samples moves
+over them; the samples of a window are dealt to its global batches at random, each study to batches of its own. So
+reading stays within a few files at a time, and no study is its own negative.
+
+A global batch is the same set for any number of ranks. Inside it samples lie in the order of the shards, and a rank
+takes a contiguous slice: its share of a window is a few whole shards, whatever the number of ranks. The whole state of
+the data is one global step.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-ShardRow = tuple[int, int]  # (number of the shard, row inside it)
+PLAN = 2  # version of the order: a run goes on only in the order that it began in
+WINDOW_SAMPLES = 4096  # samples that are mixed with each other, at least; eight shards of the usual size
+WINDOW_BATCHES = 8  # and at least so many global batches
+SUBSTITUTES = 16  # batches that are searched for substitutes
+
+
+class PlannedSample(NamedTuple):
+    shard: int  # counted over all folders
+    row: int  # inside the shard
+    visit: int  # which pass over its folder this is; the epoch, where every folder has weight 1
+
+
+class Folder(NamedTuple):
+    """What the plan must know of one shard folder."""
+
+    shard_sizes: Sequence[int]
+    groups: np.ndarray  # integers [samples], equal for samples that must not meet: those of one study, or one patient
+    weight: float = 1.0  # passes over the folder in an epoch
 
 
 class ShardPlan:
     """The order in which a run sees the samples of its training shards.
 
-    shard_sizes: samples per shard. groups: one integer per sample, shard after shard, equal for samples that show the
-    same study; such samples are kept out of each other's global batch, where they would be false negatives.
-
     Steps are global: step s lies in epoch s // steps_per_epoch. What does not fill a last global batch is left out of
-    that epoch (other samples in each). Raises ValueError where the samples do not fill one global batch.
+    that epoch (other samples in each); so are samples of a group that has more of them than the epoch has batches.
+    Raises ValueError where there are not enough different groups for one global batch.
     """
 
     def __init__(
-        self,
-        shard_sizes: Sequence[int],
-        seed: int,
-        global_batch_size: int,
-        window: int = 8,
-        groups: np.ndarray | None = None,
+        self, folders: Sequence[Folder], seed: int, global_batch_size: int, *, window_samples: int = WINDOW_SAMPLES
     ):
-        self.shard_sizes = tuple(shard_sizes)
-        self.samples = sum(shard_sizes)
-        if self.samples < global_batch_size:
-            raise ValueError(
-                f"data.shards: {self.samples} training samples in {len(shard_sizes)} shards, fewer than one global "
-                f"batch of {global_batch_size} (train.micro_batch_size x ranks); lower train.micro_batch_size, use "
-                "fewer ranks, or build more shards with 'imitate-ds shards build'"
-            )
-        if groups is not None and len(groups) != self.samples:
-            raise ValueError(f"groups: {len(groups)} of them for {self.samples} samples; one per sample is needed")
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.window = window
-        self.steps_per_epoch = self.samples // global_batch_size
-        self._starts = np.cumsum([0, *shard_sizes], dtype=np.int64)
-        self._groups = groups
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._passes = [_Passes(folder, seed, number) for number, folder in enumerate(folders)]
+        self.samples = sum(part.per_epoch for part in self._passes)
+        self._shard_starts = np.cumsum(
+            [0, *(size for folder in folders for size in folder.shard_sizes)], dtype=np.int64
+        )
+        self._folder_starts = np.cumsum([0, *(part.samples for part in self._passes)], dtype=np.int64)
+        self._groups = np.unique(np.concatenate([f.groups for f in folders]), return_inverse=True)[1].astype(np.int32)
+        self._window = max(window_samples, WINDOW_BATCHES * global_batch_size)
+        self.steps_per_epoch = self._most_batches()
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"data.shards: {self.samples} training samples of {self._groups.max(initial=-1) + 1} studies in "
+                f"{len(self._shard_starts) - 1} shards, fewer than one global batch of {global_batch_size} "
+                "(train.micro_batch_size x ranks); lower train.micro_batch_size, use fewer ranks, or build more shards with "
+                "'imitate-ds shards build'"
+            )
+        self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
+        self._substitutes: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def global_batch(self, step: int) -> list[ShardRow]:
+    def global_batch(self, step: int) -> list[PlannedSample]:
         """The samples of one step over all ranks: the same for any world size."""
-        start = step % self.steps_per_epoch * self.global_batch_size
-        order = self._epoch_order(self.epoch_of(step))
-        return self._shard_rows(order[start : start + self.global_batch_size])
+        return self._planned(self._batch(step))
 
-    def rank_batch(self, step: int, rank: int, world_size: int) -> list[ShardRow]:
+    def rank_batch(self, step: int, rank: int, world_size: int) -> list[PlannedSample]:
         """This rank's contiguous slice of the step's global batch."""
         if self.global_batch_size % world_size:
             raise ValueError(
@@ -66,58 +81,146 @@ class ShardPlan:
                 "it is train.micro_batch_size x ranks"
             )
         size = self.global_batch_size // world_size
-        return self.global_batch(step)[rank * size : (rank + 1) * size]
+        return self._planned(self._batch(step)[rank * size : (rank + 1) * size])
 
-    def substitute(self, step: int, position: int, attempt: int) -> ShardRow:
+    def substitute(self, step: int, position: int, attempt: int) -> PlannedSample:
         """Who steps in for the damaged sample at a position of a step's global batch, at the 1st, 2nd, ... attempt.
 
-        The sample half an epoch away: as rarely as possible one of the same batch, and the same for any world size.
+        A sample of about half an epoch away, whose group is not in the batch: the same for any number of ranks, and
+        another one for every position. Raises RuntimeError where the batch holds every group that there is.
         """
-        order = self._epoch_order(self.epoch_of(step))
-        damaged = step % self.steps_per_epoch * self.global_batch_size + position
-        place = (damaged + self.samples // 2 + attempt - 1) % self.samples
-        return self._shard_rows(order[place : place + 1])[0]
+        pool = self._substitutes_of(step)
+        if not len(pool):
+            raise RuntimeError(
+                f"step {step}: the batch holds every study there is, so none can step in for a damaged one"
+            )
+        stride = self.global_batch_size if len(pool) > self.global_batch_size else 1
+        place = (position + (attempt - 1) * stride) % len(pool)
+        return self._planned(pool[place : place + 1])[0]
+
+    def _batch(self, step: int) -> np.ndarray:
+        return self._epoch_order(self.epoch_of(step))[step % self.steps_per_epoch]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Sample numbers, counted over all shards, in this epoch's order. Only the latest epoch is held."""
+        """The visited samples of an epoch, [steps_per_epoch, global_batch_size]. Only the latest epoch is held."""
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._draw_order(epoch)
         return self._order
 
     def _draw_order(self, epoch: int) -> np.ndarray:
+        visits = self._visits_of(epoch)
+        bits = np.random.PCG64([self.seed, epoch])
+        order = self._deal_windows(visits, bits, max(1, len(visits) // self._window))
+        if len(order) < self.steps_per_epoch:  # some group has more samples in a window than that has batches
+            order = self._deal_windows(visits, bits, 1)
+        return order[: self.steps_per_epoch]
+
+    def _visits_of(self, epoch: int) -> np.ndarray:
+        """All that an epoch visits, in the order of the shards; folders are spread evenly over it.
+
+        A visit is one number, pass * (samples of all folders) + sample.
+        """
+        parts = [
+            part.visits(epoch, first, int(self._folder_starts[-1]))
+            for part, first in zip(self._passes, self._folder_starts, strict=False)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        times = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+        return np.concatenate(parts)[np.argsort(times, kind="stable")]
+
+    def _deal_windows(self, visits: np.ndarray, bits: np.random.PCG64, windows: int) -> np.ndarray:
+        """Deal every window to batches; what is left over goes on into the next window."""
+        batches: list[np.ndarray] = []
+        rest = np.empty(0, dtype=np.int64)
+        for part in np.array_split(visits, windows):
+            pool = np.concatenate([rest, part])
+            dealt, rest = _deal(pool, self._groups[pool % self._folder_starts[-1]], self.global_batch_size, bits)
+            batches.append(dealt)
+        return np.concatenate(batches)
+
+    def _most_batches(self) -> int:
+        """The largest number of batches that every epoch can fill without a group twice in one of them."""
+        repeats = np.concatenate([np.full(part.samples, part.most_visits) for part in self._passes])
+        counts = np.bincount(self._groups, weights=repeats).astype(np.int64)
+        batches = self.samples // self.global_batch_size
+        while batches and self.samples - np.maximum(counts - batches, 0).sum() < batches * self.global_batch_size:
+            batches -= 1
+        return batches
+
+    def _substitutes_of(self, step: int) -> np.ndarray:
+        if step != self._substitutes[0]:
+            order = self._epoch_order(self.epoch_of(step))
+            place = step % len(order)
+            away = (place + len(order) // 2 + np.arange(min(SUBSTITUTES, len(order)))) % len(order)
+            ring = order[away].ravel() if len(order) > 1 else self._visits_of(self.epoch_of(step))
+            groups = self._groups[ring % self._folder_starts[-1]]
+            first = np.sort(np.unique(groups, return_index=True)[1])
+            absent = ~np.isin(groups[first], self._groups[order[place] % self._folder_starts[-1]])
+            self._substitutes = step, ring[first[absent]]
+        return self._substitutes[1]
+
+    def _planned(self, visits: np.ndarray) -> list[PlannedSample]:
+        passes, samples = np.divmod(visits, self._folder_starts[-1])
+        shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
+        rows = samples - self._shard_starts[shards]
+        return list(map(PlannedSample, shards.tolist(), rows.tolist(), passes.tolist()))
+
+
+class _Passes:
+    """The passes over one folder: all its samples, shard after shard, in another order of the shards in each."""
+
+    def __init__(self, folder: Folder, seed: int, number: int):
+        self.sizes = np.array(folder.shard_sizes, dtype=np.int64)
+        self.samples = int(self.sizes.sum())
+        if len(folder.groups) != self.samples:
+            raise ValueError(
+                f"groups: {len(folder.groups)} of them for {self.samples} samples; one per sample is needed"
+            )
+        self.per_epoch = round(folder.weight * self.samples)
+        whole, part = divmod(self.per_epoch, max(1, self.samples))
+        self.most_visits = whole + 2 if part else whole  # of one sample: an epoch may begin and end in mid-pass
+        self.seed, self.number = seed, number
+
+    def visits(self, epoch: int, first_sample: int, all_samples: int) -> np.ndarray:
+        """The part of the endless sequence of passes that belongs to an epoch."""
+        start, stop = epoch * self.per_epoch, (epoch + 1) * self.per_epoch
+        parts = [np.empty(0, dtype=np.int64)]
+        while start < stop:
+            number, place = divmod(start, self.samples)
+            taken = self._one_pass(number)[place : place + stop - start]
+            parts.append(taken + (first_sample + number * all_samples))
+            start += len(taken)
+        return np.concatenate(parts)
+
+    def _one_pass(self, number: int) -> np.ndarray:
         # Sorting the raw words of PCG64, which NumPy promises to keep, unlike the streams of Generator.permutation:
         # a run resumed under another NumPy must not see another order.
-        bits = np.random.PCG64([self.seed, epoch])
-        shards = np.argsort(bits.random_raw(len(self._starts) - 1), kind="stable")
-        windows = []
-        for first in range(0, len(shards), self.window):
-            rows = np.concatenate([self._samples_of(shard) for shard in shards[first : first + self.window]])
-            windows.append(rows[np.argsort(bits.random_raw(len(rows)), kind="stable")])
-        order = np.concatenate(windows)
-        if self._groups is not None:
-            _part_groups(order, self._groups, self.global_batch_size)
-        return order
-
-    def _samples_of(self, shard: int) -> np.ndarray:
-        return np.arange(int(self._starts[shard]), int(self._starts[shard + 1]))
-
-    def _shard_rows(self, samples: np.ndarray) -> list[ShardRow]:
-        shards = np.searchsorted(self._starts, samples, side="right") - 1
-        return list(zip(shards.tolist(), (samples - self._starts[shards]).tolist(), strict=True))
+        words = np.random.PCG64([self.seed, self.number, number]).random_raw(len(self.sizes))
+        order = np.argsort(words, kind="stable")
+        starts = (np.cumsum(self.sizes) - self.sizes)[order]
+        sizes = self.sizes[order]
+        return np.arange(self.samples) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
 
 
-def _part_groups(order: np.ndarray, groups: np.ndarray, batch: int) -> None:
-    """Swap, in place, a sample whose group is already in its batch with the first later one whose group is not.
+def _deal(pool: np.ndarray, groups: np.ndarray, batch: int, bits: np.random.PCG64) -> tuple[np.ndarray, np.ndarray]:
+    """As many batches [b, batch] as the pool fills without a group twice in one, and what is left, in the pool's order.
 
-    Near the end of an epoch there may be none left; the collision then stays.
+    Samples are put in random order, those of a group side by side, and dealt like cards: neighbours never get into the
+    same batch as long as no group has more of them than there are batches.
     """
-    for start in range(0, len(order) - batch + 1, batch):
-        end = start + batch
-        present, first = np.unique(groups[order[start:end]], return_index=True)
-        seen = set(present.tolist())
-        for repeat in start + np.setdiff1d(np.arange(batch), first):
-            later = next((i for i in range(end, len(order)) if int(groups[order[i]]) not in seen), None)
-            if later is None:
-                return
-            order[[repeat, later]] = order[[later, repeat]]
-            seen.add(int(groups[order[repeat]]))
+    if not len(pool):
+        return np.empty((0, batch), dtype=np.int64), pool
+    shuffled = np.argsort(bits.random_raw(len(pool)), kind="stable")
+    _, first, inverse, counts = np.unique(groups[shuffled], return_index=True, return_inverse=True, return_counts=True)
+    beside = np.argsort(first[inverse], kind="stable")
+    cards = shuffled[beside]
+    numbers = np.arange(len(cards))
+    place = numbers - np.maximum.accumulate(np.where(np.diff(inverse[beside], prepend=-1), numbers, 0))  # in its group
+    batches = len(pool) // batch
+    while batches and np.minimum(counts, batches).sum() < batches * batch:
+        batches -= 1
+    dealt = cards[place < batches][: batches * batch]
+    left = np.ones(len(pool), dtype=bool)
+    left[dealt] = False
+    return pool[np.sort(dealt.reshape(batch, batches).T, axis=1)], pool[left]

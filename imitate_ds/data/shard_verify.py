@@ -4,6 +4,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 from imitate_ds.data.radiographs import decode_radiograph
 from imitate_ds.data.shard_index import INDEX, ShardEntry, ShardIndex, build_id, file_sha256, load_index, read_shard
@@ -39,12 +40,12 @@ def _shard_problems(index: ShardIndex, shard: ShardEntry) -> Iterator[str]:
     if file_sha256(index.root / shard.name) != shard.sha256:
         yield "sha256 differs from the index; copy or build it again"
         return
-    if len(shard.members) != shard.samples:
-        yield f"{len(shard.members)} members, but samples = {shard.samples}"
     yield from _misplaced(index.root / shard.name, shard)
     for member, image, meta in read_shard(index.root, shard):
         if meta.get("split") != shard.split:
             yield f"sample {member.key}: is of another split than its shard"
+        if crc32(image) != member.image_crc:
+            yield f"sample {member.key}: radiograph differs from its checksum in the index"
         if problem := _image_problem(image, index.image_size):
             yield f"sample {member.key}: radiograph {problem}"
     yield from _mask_problems(index.root / shard.name, index.image_size)

@@ -6,6 +6,7 @@ whoever finishes last writes the index. Every tar is the same bytes whoever writ
 """
 
 import errno
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -18,16 +19,17 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
+from zlib import crc32
 
 from PIL import UnidentifiedImageError
 from webdataset.writer import TarWriter
 
+from imitate_ds.data.member_table import MEMBERS, Member, table_bytes, table_of
 from imitate_ds.data.progress import shown
 from imitate_ds.data.shard_index import (
     BUILDING,
     FORMAT,
     INDEX,
-    Member,
     ShardEntry,
     ShardIndex,
     build_id,
@@ -35,7 +37,6 @@ from imitate_ds.data.shard_index import (
     group_hash,
     load_index,
     load_report,
-    read_member,
     read_samples,
     sample_key,
     write_atomic,
@@ -55,7 +56,6 @@ __all__ = [
     "load_index",
     "load_report",
     "merge_parts",
-    "read_member",
     "read_samples",
     "sample_key",
     "shard_stats",
@@ -148,10 +148,14 @@ def merge_parts(out: Path) -> dict:
 
 def _write_index(out: Path, plan: dict, notes: list[dict], report: dict) -> None:
     shards = [note["shard"] for note in notes if note["shard"]]
+    tables = [table_of([Member(*member) for member in shard.pop("members")]) for shard in shards]
+    members = table_bytes(tables)
     labels = sorted({label for note in notes for label in note["labels"]})
-    identity = build_id(tuple(ShardEntry(**shard) for shard in shards))
-    values = {"format": FORMAT, **plan["header"], "build_id": identity, "fingerprint": plan["fingerprint"]}
-    values |= {"labels": labels, "shards": shards, "report": report}
+    entries = (ShardEntry(**shard, members=table) for shard, table in zip(shards, tables, strict=True))
+    values = {"format": FORMAT, **plan["header"], "build_id": build_id(tuple(entries))}
+    values |= {"fingerprint": plan["fingerprint"], "labels": labels, "shards": shards, "report": report}
+    values |= {"members": {"bytes": len(members), "sha256": hashlib.sha256(members).hexdigest()}}
+    write_atomic(out / MEMBERS, members)
     write_atomic(out / INDEX, json.dumps(values).encode())
 
 
@@ -224,6 +228,7 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
     """Write one tar, then its note: the index entry, the labels met, the images that could not be read."""
     unreadable: dict[str, str] = {}
     metas: list[dict] = []
+    checksums: list[tuple[int, int]] = []
     scratch = out / BUILDING / f"{task.name}.{secrets.token_hex(4)}"
     with scratch.open("wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # type: ignore[arg-type]
@@ -237,11 +242,13 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
                 except OSError as error:  # of the disk, not of the image: it may be whole
                     reason = f"sample {key}: {error.strerror or 'cannot be read'}; run the build again once it can be"
                     raise OSError(error.errno or errno.EIO, reason) from None
+                written = json.dumps(meta, sort_keys=True).encode()
                 metas.append(meta)
-                tar.write({"__key__": key, "json": json.dumps(meta, sort_keys=True).encode(), **files})
+                checksums.append((crc32(files["jpg"]), crc32(written)))
+                tar.write({"__key__": key, "json": written, **files})
         file.flush()
         os.fsync(file.fileno())
-    shard = _entry(scratch, task, metas) if metas else None
+    shard = _entry(scratch, task, metas, checksums) if metas else None
     if shard:
         scratch.replace(out / task.name)
     labels = sorted({label for meta in metas for label in meta["labels"]})
@@ -250,15 +257,15 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
     return note
 
 
-def _entry(path: Path, task: ShardTask, metas: list[dict]) -> dict:
+def _entry(path: Path, task: ShardTask, metas: list[dict], checksums: list[tuple[int, int]]) -> dict:
     """The index entry of a tar just written, with its offsets as a reader finds them."""
     with tarfile.open(path) as tar:
         places = {info.name: (info.offset_data, info.size) for info in tar}
     members: list[Member] = []
-    for meta in metas:
+    for meta, (image_crc, meta_crc) in zip(metas, checksums, strict=True):
         key = sample_key(task.source, meta["study_id"], meta["image_id"])
         study, patient = group_hash(task.source, meta["study_id"]), group_hash(task.source, meta["patient_id"])
-        members.append(Member(key, study, patient, *places[f"{key}.jpg"], *places[f"{key}.json"]))
+        members.append(Member(key, study, patient, *places[f"{key}.jpg"], image_crc, *places[f"{key}.json"], meta_crc))
     return {
         "name": task.name,
         "split": task.split,

@@ -17,13 +17,23 @@ from torch import Tensor
 
 from imitate_ds.batch import is_missing
 from imitate_ds.data.progress import shown
-from imitate_ds.data.shard_index import ShardEntry, ShardIndex, load_index, read_samples, read_shard, write_atomic
+from imitate_ds.data.shard_index import (
+    ShardEntry,
+    ShardIndex,
+    file_sha256,
+    load_index,
+    read_samples,
+    read_shard,
+    write_atomic,
+)
+from imitate_ds.data.shard_store import File
 
-FORMAT = "imitate_ds.text/1"
+FORMAT = "imitate_ds.text/2"
+SIDECAR = "imitate_ds.text/1"  # of one shard's file
 TEXT_INDEX = "text.json"
 ENCODER_FOLDER = "text_encoder"
 ENCODER_FILE = "imitate_text_encoder.json"  # in that folder, as models.text_encoder writes it
-INFO = {"kind": str, "encoder": str, "width": int, "build_id": str}  # what text.json holds
+INFO = {"kind": str, "encoder": str, "width": int, "build_id": str, "files": dict}  # what text.json holds
 AGAIN = "run 'imitate-ds shards embed'"
 
 
@@ -71,46 +81,62 @@ def embed_shards(root: Path, encoder: Encoder, batch_size: int = 64, *, progress
         _embed_shard(index, shard, encoder, batch_size)
     _save_encoder(encoder, root / ENCODER_FOLDER)
     values = {"format": FORMAT, "kind": encoder.kind, "encoder": encoder.fingerprint, "width": encoder.width}
-    values |= {"build_id": index.build_id, "synthetic": index.synthetic}
+    values |= {"build_id": index.build_id, "synthetic": index.synthetic, "files": _files(root)}
     write_atomic(root / TEXT_INDEX, json.dumps(values).encode())
     return values
 
 
-def load_text_cache(root: Path, shard: ShardEntry) -> TextCache:
-    """The embeddings of one shard, mapped from their file.
+def load_text_cache(root: Path, shard: ShardEntry, info: dict | None = None, *, verify: bool = False) -> TextCache:
+    """The embeddings of one shard, mapped from their file; info: what text.json says, where it is known.
 
-    Raises FileNotFoundError where there are none, ValueError where they are damaged, or of another encoder or build.
+    verify compares the file with its checksum. Raises FileNotFoundError where there are none, ValueError where they are
+    damaged, or of another encoder or build.
     """
-    info = _read_info(root)
+    info = info or _read_info(root)
     path = root / shard.text_name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no text embeddings; {AGAIN}")
+        raise FileNotFoundError(f"no text embeddings: {path}; {AGAIN}")
+    if verify and file_sha256(path) != sidecar_file(info, shard).sha256:
+        raise ValueError(
+            f"text embeddings differ from their checksum in {TEXT_INDEX}: {path}; copy it again, or {AGAIN}"
+        )
     metadata, cache = _read_sidecar(path)
-    if metadata.get("format") != FORMAT or metadata.get("shard_sha256") != shard.sha256:
-        raise ValueError(f"{path}: embeddings of another build of the shards; {AGAIN}")
+    if metadata.get("format") != SIDECAR or metadata.get("shard_sha256") != shard.sha256:
+        raise ValueError(f"text embeddings of another build of the shards: {path}; {AGAIN}")
     if metadata.get("encoder") != info["encoder"]:
-        raise ValueError(f"{path}: embeddings of another encoder than {TEXT_INDEX} names; {AGAIN}")
+        raise ValueError(f"text embeddings of another encoder than {TEXT_INDEX} names: {path}; {AGAIN}")
     shapes = [tuple(tensor.shape) for tensor in cache]
     if shapes != 3 * [(shard.samples, info["width"])] + 2 * [(shard.samples,)]:
-        raise ValueError(f"{path}: embeddings of shape {shapes}, not {shard.samples} x {info['width']}; {AGAIN}")
+        raise ValueError(
+            f"text embeddings of another shape: {path}: {shapes}, not {shard.samples} x {info['width']}; {AGAIN}"
+        )
     return cache
 
 
-def text_info(root: Path, index: ShardIndex | None = None) -> dict:
-    """What text.json says: kind and fingerprint of the encoder, its width, and the build it embedded.
+def text_info(index: ShardIndex) -> dict:
+    """What text.json says: kind and fingerprint of the encoder, its width, the build it embedded, and the files.
 
-    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build than the index names
-    (read here unless it is given).
+    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build than the index names.
     """
-    values = _read_info(root)
-    if values["build_id"] != (index or load_index(root)).build_id:
-        raise ValueError(f"{root / TEXT_INDEX}: embeddings of another build of the shards; {AGAIN}")
+    if index.store:
+        index.store.fetch(File(TEXT_INDEX), fresh=True)
+    values = _read_info(index.root)
+    if values["build_id"] != index.build_id:
+        raise ValueError(f"{index.root / TEXT_INDEX}: embeddings of another build of the shards; {AGAIN}")
     return values
 
 
-def text_width(root: Path) -> int:
-    """E, the width of the embeddings of a shard folder."""
-    return text_info(root)["width"]
+def sidecar_file(info: dict, shard: ShardEntry) -> File:
+    """The file with the embeddings of a shard, as text.json names it."""
+    return File(shard.text_name, *info["files"].get(shard.text_name, (None, None)))
+
+
+def fetch_encoder(index: ShardIndex) -> Path:
+    """The folder of the text encoder, on this machine."""
+    for name, facts in text_info(index)["files"].items():
+        if name.startswith(f"{ENCODER_FOLDER}/"):
+            index.fetch(File(name, *facts))
+    return index.root / ENCODER_FOLDER
 
 
 def verify_text(root: Path, index: ShardIndex) -> list[str]:
@@ -120,7 +146,7 @@ def verify_text(root: Path, index: ShardIndex) -> list[str]:
         unfinished = f"{root}: {len(sidecars)} text sidecars, but no {TEXT_INDEX}: unfinished; {AGAIN}"
         return [unfinished] if sidecars else []
     try:
-        info = text_info(root, index)
+        info = text_info(index)
     except ValueError as error:
         return [str(error)]
     problems = []
@@ -128,7 +154,7 @@ def verify_text(root: Path, index: ShardIndex) -> list[str]:
         problems.append(f"{root / ENCODER_FOLDER}: missing, or another encoder than {TEXT_INDEX} names; {AGAIN}")
     for shard in index.shards:
         try:
-            load_text_cache(root, shard)
+            load_text_cache(root, shard, info, verify=True)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
     return problems
@@ -155,7 +181,7 @@ def _read_sidecar(path: Path) -> tuple[dict[str, str], TextCache]:
             tensors = {name: file.get_tensor(name) for name in TextCache._fields}
             metadata = file.metadata() or {}
     except SafetensorError:
-        raise ValueError(f"{path}: damaged; {AGAIN}") from None
+        raise ValueError(f"damaged text embeddings: {path}; {AGAIN}") from None
     has = {name: tensors[name].bool() for name in ("has_findings", "has_impression")}
     return metadata, TextCache(**{**tensors, **has})
 
@@ -176,10 +202,19 @@ def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_s
     tensors = dict(zip(sections, rows.split(len(metas)), strict=True))
     for name in ("findings", "impression"):
         tensors[f"has_{name}"] = torch.tensor([bool(text) for text in sections[name]])
-    metadata = {"format": FORMAT, "encoder": encoder.fingerprint, "shard_sha256": shard.sha256}
+    metadata = {"format": SIDECAR, "encoder": encoder.fingerprint, "shard_sha256": shard.sha256}
     metadata["synthetic"] = str(index.synthetic).lower()
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     write_atomic(index.root / shard.text_name, data)
+
+
+def _files(root: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of all that was written: what a copy, or a remote reader, is checked against."""
+    written = [
+        *root.glob("*.text.safetensors"),
+        *(path for path in (root / ENCODER_FOLDER).rglob("*") if path.is_file()),
+    ]
+    return {str(path.relative_to(root)): (path.stat().st_size, file_sha256(path)) for path in sorted(written)}
 
 
 def _save_encoder(encoder: Encoder, folder: Path) -> None:

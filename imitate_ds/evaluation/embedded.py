@@ -4,8 +4,6 @@ Texts are read to tell which ones are duplicates, and go no further than this mo
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from imitate_ds.batch import is_missing
 from imitate_ds.data.loader import build_eval_loader
-from imitate_ds.data.shards import ShardIndex, read_member
+from imitate_ds.data.reports import plain_words
+from imitate_ds.data.shard_index import ShardIndex, read_meta
 from imitate_ds.data.text_cache import load_text_cache, text_info
 from imitate_ds.hub import ImageEmbeddings, PretrainedImitate
 
@@ -79,7 +78,7 @@ def read_split(index: ShardIndex, split: str) -> SplitRecords:
     findings, impression = [], []
     for shard in index.of_split(split):
         for member in shard.members:
-            meta = json.loads(read_member(index.root / shard.name, member.meta_offset, member.meta_size))
+            meta = read_meta(index.root, shard, member)
             keys.append(member.key)
             patients.append(member.patient)
             labels.append([meta["labels"].get(name, UNKNOWN) for name in index.labels])
@@ -126,13 +125,13 @@ def embed_reports(model: PretrainedImitate, records: SplitRecords) -> TextEmbedd
 
 def duplicate_groups(texts: list[str]) -> np.ndarray:
     """Group numbers int64 [n]: equal where texts are equal but for case, punctuation and blanks."""
-    plain = [re.sub(r"[\W_]+", " ", text.lower()).strip() for text in texts]
+    plain = [plain_words(text) for text in texts]
     return np.unique(np.array(plain), return_inverse=True)[1].astype(np.int64)
 
 
 def _cache_fits(model: PretrainedImitate, index: ShardIndex) -> bool:
     try:
-        return text_info(index.root, index)["encoder"] == model.text_encoder.fingerprint
+        return text_info(index)["encoder"] == model.text_encoder.fingerprint
     except FileNotFoundError:  # never embedded
         return False
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from imitate_ds.batch import Batch, Features
 from imitate_ds.config import RunConfig
 from imitate_ds.data.loader import build_eval_loader
-from imitate_ds.data.shards import ShardIndex
+from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.distributed import gather_rows, training_device, world
 from imitate_ds.metrics import recall_at_k
 
@@ -17,7 +17,7 @@ KS = (1, 5, 10)
 
 
 @torch.no_grad()
-def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, float]:
+def validate(engine: Any, config: RunConfig, folders: list[ShardIndex]) -> dict[str, float]:
     """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
 
     engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
@@ -25,7 +25,7 @@ def validate(engine: Any, config: RunConfig, index: ShardIndex) -> dict[str, flo
     here, device = world(), training_device()
     engine.module.eval()
     loader = build_eval_loader(
-        index,
+        [folder for folder in folders if config.data.val_split in folder.splits],
         config.data.val_split,
         input_size=config.data.input_size,
         batch_size=config.train.micro_batch_size,

@@ -2,7 +2,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig, build_run_config
-from imitate_ds.data.loader import ShardReader, build_eval_loader, build_train_loader, build_train_plan
+from imitate_ds.data.loader import (
+    ShardReader,
+    build_eval_loader,
+    build_train_loader,
+    build_train_plan,
+    open_train_folders,
+)
+from imitate_ds.data.shard_index import file_sha256
+from imitate_ds.data.shard_order import order_lines
 from imitate_ds.data.shards import build_shards, load_index
 from imitate_ds.data.sources.phantom import PhantomSource
-from imitate_ds.data.text_cache import embed_shards, fit_texts, load_text_cache
+from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache
+from imitate_ds.data.transforms import TrainViews
 from imitate_ds.models.text_encoder import LsaEncoder
+from tests.data.hostile_server import serve
 
 pytestmark = pytest.mark.filterwarnings(
     "error:The given NumPy array is not writable", "ignore:This DataLoader will create"
@@ -48,6 +60,12 @@ def _train(config: RunConfig, stop_step: int, start_step: int = 0, rank: int = 0
     batches = list(loader)
     assert len(batches) == len(loader) == stop_step - start_step
     return batches
+
+
+def _steps_per_epoch(config: RunConfig) -> int:
+    folders = open_train_folders(config.data)
+    batch = config.train.micro_batch_size
+    return build_train_plan(config.data, folders, seed=config.seed, global_batch_size=batch).steps_per_epoch
 
 
 def _same(one: Batch, other: Batch) -> bool:
@@ -87,7 +105,7 @@ def test_a_batch_is_what_the_shards_hold(built):
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 3)])
 def test_any_ranks_and_workers_give_the_same_global_batches(built, world_size, workers):
     config = _config(built)
-    steps = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch + 3  # into the second epoch
+    steps = _steps_per_epoch(config) + 3  # into the second epoch
     whole = _train(config, steps)
     split = _config(built, micro_batch_size=6 // world_size, workers=workers)
     parts = [_train(split, steps, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -99,7 +117,7 @@ def test_any_ranks_and_workers_give_the_same_global_batches(built, world_size, w
 @pytest.mark.parametrize("workers", [0, 2])
 def test_starting_in_mid_epoch_gives_the_tail(built, workers):
     config = _config(built)
-    per_epoch = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch
+    per_epoch = _steps_per_epoch(config)
     whole = _train(config, per_epoch + 4)
     tail = _train(_config(built, workers=workers), per_epoch + 4, start_step=per_epoch - 2)
     assert all(_same(one, other) for one, other in zip(whole[per_epoch - 2 :], tail, strict=True))
@@ -108,7 +126,7 @@ def test_starting_in_mid_epoch_gives_the_tail(built, workers):
 
 def test_epochs_differ_in_order_and_views(built):
     config = _config(built)
-    per_epoch = build_train_plan(config, load_index(built), world_size=1).steps_per_epoch
+    per_epoch = _steps_per_epoch(config)
     batches = _train(config, 2 * per_epoch)
     first, second = (_join(tuple(batches[i : i + per_epoch])) for i in (0, per_epoch))
     assert first.keys != second.keys
@@ -157,6 +175,9 @@ def _damage_embedding(root: Path, key: str) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     tensors["findings"][row, 0] = float("nan")
     save_file(tensors, path, metadata)
+    info = json.loads((root / TEXT_INDEX).read_text())
+    info["files"][path.name] = (path.stat().st_size, file_sha256(path))
+    (root / TEXT_INDEX).write_text(json.dumps(info))
 
 
 @pytest.mark.parametrize("damage", [_damage_image, _damage_embedding])
@@ -193,7 +214,7 @@ def test_too_many_damaged_samples_stop_the_run(shards, workers):
 
 def test_damage_is_counted_by_epoch(shards):
     config = _config(shards, max_skipped=1)
-    per_epoch = build_train_plan(config, load_index(shards), world_size=1).steps_per_epoch
+    per_epoch = _steps_per_epoch(config)
     batches = _train(config, 2 * per_epoch)
     seen = [{key for batch in batches[i : i + per_epoch] for key in batch.keys} for i in (0, per_epoch)]
     _damage_image(shards, min(seen[0] & seen[1]))
@@ -207,6 +228,139 @@ def test_a_shard_of_damage_ends_at_once(shards):
         _train(_config(shards, max_skipped=5), 1)
 
 
+def _find(root: Path, key: str):
+    return next((s, m) for s in load_index(root).shards for m in s.members if m.key == key)
+
+
+def _flip_one_bit(root: Path, key: str) -> None:
+    """In the entropy-coded middle of a JPEG: most decoders say nothing, and show another picture."""
+    shard, member = _find(root, key)
+    with (root / shard.name).open("r+b") as tar:
+        tar.seek(member.image_offset + member.image_size // 2)
+        byte = tar.read(1)[0]
+        tar.seek(-1, os.SEEK_CUR)
+        tar.write(bytes([byte ^ 0x10]))
+
+
+def test_checksums_find_what_a_decoder_does_not(shards, caplog):
+    whole = _train(_config(shards), 2)
+    victim = whole[1].keys[0]
+    _flip_one_bit(shards, victim)
+    found = _train(_config(shards, max_skipped=1), 2)
+    assert f"sample {victim} skipped in step 1: checksum differs from the index" in caplog.text
+    assert victim not in found[1].keys
+    with pytest.raises(RuntimeError, match=rf"max_skipped = 0: 1 damaged .* {victim} \(checksum differs"):
+        _train(_config(shards), 2)
+
+
+def test_sampled_checksums_take_every_sixteenth_sample_in_turn(built):
+    reader = ShardReader([load_index(built)], "train", verify="sampled")
+    places = [reader.row_of(number)._replace(visit=visit) for number in range(10) for visit in range(16)]
+    checked = [where for where in places if reader._verifies(where)]
+    assert sorted({where.row for where in checked}) == list(range(10)), "each in one pass of sixteen"
+    assert len(checked) == 10
+    assert not any(ShardReader([load_index(built)], "train", verify="off")._verifies(where) for where in places)
+
+
+def _cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "rule"),
+    [(Path.unlink, "no such file or directory"), (_cut_in_half, "shard ends too early")],
+    ids=["vanished", "truncated"],
+)
+def test_a_lost_shard_is_skipped_and_counted_and_the_plan_stays(shards, tmp_path, harm, rule):
+    whole = _train(_config(shards), 3)
+    lost = load_index(shards).of_split("train")[1]
+    harm(shards / lost.name)
+    with pytest.raises((FileNotFoundError, ValueError), match=lost.name):
+        _train(_config(shards), 3)
+    config, record = _config(shards, max_skipped=50), tmp_path / "skipped.jsonl"
+    batches = build_train_loader(config, rank=0, world_size=1, stop_step=3, record=record)
+    found = list(batches)
+    gone = {member.key for member in lost.members}
+    readable = [
+        {key for key in batch.keys if key in set(other.keys)} for batch, other in zip(whole, found, strict=True)
+    ]
+    assert all(set(batch.keys) - gone <= kept for batch, kept in zip(whole, readable, strict=True)), "the plan stays"
+    assert [len(set(batch.keys)) for batch in found] == [6, 6, 6], "batches stay full"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert {line["key"] for line in lines} <= gone
+    assert batches.skipped == {rule: len(lines)}
+    assert set(lines[0]) == {"step", "key", "rule"}
+
+
+def test_embeddings_of_another_build_are_found_while_a_run_reads(shards):
+    config = _config(shards, max_skipped=50)
+    batches = iter(build_train_loader(config, rank=0, world_size=1, stop_step=6))
+    next(batches)
+    first, second, *_ = load_index(shards).of_split("train")
+    reader = build_train_loader(config, rank=0, world_size=1, stop_step=6)
+    shutil.copy(shards / second.text_name, shards / first.text_name)
+    found = list(reader)
+    assert all(torch.isfinite(batch.findings).all() and len(set(batch.keys)) == 6 for batch in found)
+    assert sum(reader.skipped.values()) > 0
+    assert set(reader.skipped) == {"text embeddings differ from their checksum in text.json"}
+
+
+def test_views_made_on_the_device_are_those_a_worker_makes(built):
+    config = _config(built)
+    views = TrainViews(config.data.augment, config.data.input_size)
+    for one, other in zip(_train(config, 3), _train(_config(built, augment_on="device", workers=2), 3), strict=True):
+        assert other.draws is not None
+        assert other.images.shape[:3] == (6, 1, 1)
+        made = other._replace(images=views(other.images[:, 0], other.draws), draws=None)
+        assert _same(one, made)
+
+
+def test_folders_mix_and_must_share_encoder_and_size(built, shards, tmp_path):
+    twice = [{"shards": str(built), "weight": 0.5}, {"shards": str(shards), "weight": 1.0}]
+    config = _config(built, shards=twice)
+    batches = _train(config, _steps_per_epoch(config))
+    seen = Counter(key for batch in batches for key in batch.keys)
+    assert all(len(set(batch.keys)) == 6 for batch in batches), "the same study in two folders does not meet itself"
+    assert set(seen.values()) == {1, 2}
+    embed_shards(shards, LsaEncoder.fit(fit_texts(shards)[:40], dim=8))
+    with pytest.raises(ValueError, match=r"data\.shards: .* are embedded by different text encoders; .*--text-encoder"):
+        _train(config, 1)
+    source = PhantomSource(8, seed=2, size=64, val_share=0.0, test_share=0.0)
+    build_shards(source, tmp_path / "small", image_size=48, workers=0, progress=False)
+    with pytest.raises(ValueError, match=r"data\.shards: images of \[48, 64\] pixels; build all"):
+        _train(_config(built, shards=[{"shards": str(built)}, {"shards": str(tmp_path / "small")}]), 1)
+
+
+def test_radiographs_of_one_patient_may_be_kept_apart(built):
+    config = _config(built, apart="patient")
+    patients = {member.key: member.patient for shard in load_index(built).shards for member in shard.members}
+    for batch in _train(config, _steps_per_epoch(config)):
+        assert len({patients[key] for key in batch.keys}) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_folder_gives_the_batches_of_a_local_one(built, tmp_path, workers):
+    with serve(built) as server:
+        cache = {"cache_dir": str(tmp_path / "cache"), "cache_gib": 0.1, "workers": workers}
+        remote = _train(_config(built, shards=server.url, **cache), 12)
+        assert all(_same(one, other) for one, other in zip(_train(_config(built), 12), remote, strict=True))
+        asked = server.requests["train-000000.tar"]
+        again = _train(_config(built, shards=server.url, **cache), 12)
+        assert all(_same(one, other) for one, other in zip(remote, again, strict=True))
+        assert server.requests["train-000000.tar"] == asked, "the second run finds it in the cache"
+
+
+def test_order_prints_what_was_in_the_batch(built):
+    config = _config(built, workers=2)
+    batches = _train(config, 5)
+    data, options = config.data, {"seed": config.seed, "global_batch_size": 6}
+    lines = list(order_lines(data, steps=range(2, 5), **options))
+    assert lines == [" ".join([str(step), *sorted(batches[step].keys)]) for step in range(2, 5)]
+    by_rank = list(order_lines(data, steps=range(2, 4), world_size=2, workers=2, start_step=1, **options))
+    assert by_rank[1] == " ".join(["2 rank 1 worker 1", *batches[2].keys[3:]])
+    assert by_rank[2] == " ".join(["3 rank 0 worker 0", *batches[3].keys[:3]])
+
+
 def test_too_few_samples(built):
     with pytest.raises(ValueError, match=r"data\.shards: .* fewer than one global batch of 256 .*micro_batch_size"):
         build_train_loader(_config(built, micro_batch_size=128), rank=0, world_size=2, stop_step=1)
@@ -214,7 +368,7 @@ def test_too_few_samples(built):
 
 def test_an_unknown_split_names_those_there_are(built):
     with pytest.raises(ValueError, match=r"'dev'.* has no such split; it has: train, val"):
-        build_eval_loader(built, "dev", input_size=32, batch_size=4, workers=0)
+        build_eval_loader(load_index(built), "dev", input_size=32, batch_size=4, workers=0)
 
 
 def test_missing_or_foreign_embeddings_fail_at_the_door(shards):
@@ -234,7 +388,7 @@ def test_evaluation_covers_every_key_with_equal_batches(built, world_size, worke
     ranks = []
     for rank in range(world_size):
         loader = build_eval_loader(
-            built, "val", input_size=32, batch_size=4, workers=workers, rank=rank, world_size=world_size
+            load_index(built), "val", input_size=32, batch_size=4, workers=workers, rank=rank, world_size=world_size
         )
         ranks.append(list(loader))
         assert len(loader) == len(ranks[-1])
@@ -246,7 +400,7 @@ def test_evaluation_covers_every_key_with_equal_batches(built, world_size, worke
 
 def test_evaluation_sees_the_whole_radiograph_and_its_report(built):
     index = load_index(built)
-    reader = ShardReader(index, "val")
+    reader = ShardReader([index], "val")
     batch = next(iter(build_eval_loader(index, "val", input_size=64, batch_size=3, workers=0)))
     samples = [reader.read(reader.row_of(number)) for number in range(3)]
     assert batch.images.shape == (3, 1, 1, 64, 64)
@@ -257,7 +411,9 @@ def test_evaluation_sees_the_whole_radiograph_and_its_report(built):
 def test_evaluation_without_text_needs_no_embeddings(shards):
     for text in [*shards.glob("*.text.safetensors"), shards / "text.json"]:
         text.unlink()
-    batch = next(iter(build_eval_loader(shards, "val", input_size=32, batch_size=3, workers=0, with_text=False)))
+    batch = next(
+        iter(build_eval_loader(load_index(shards), "val", input_size=32, batch_size=3, workers=0, with_text=False))
+    )
     assert batch.findings.shape == batch.impression.shape == (3, 0)
     assert not batch.has_findings.any()
 
@@ -267,12 +423,12 @@ def test_evaluation_refuses_a_damaged_sample_by_key(shards, workers):
     key = load_index(shards).of_split("val")[0].members[2].key
     _damage_image(shards, key)
     with pytest.raises(ValueError, match=rf"sample {key}: .*shards verify"):
-        list(build_eval_loader(shards, "val", input_size=32, batch_size=4, workers=workers))
+        list(build_eval_loader(load_index(shards), "val", input_size=32, batch_size=4, workers=workers))
 
 
 def test_few_tars_are_open_at_a_time(built, monkeypatch):
     monkeypatch.setattr("imitate_ds.data.loader.OPEN_SHARDS", 2)
-    reader = ShardReader(load_index(built), "train")
+    reader = ShardReader([load_index(built)], "train")
     before = len(os.listdir("/proc/self/fd"))
     again = [reader.read(reader.row_of(number)).key for number in [*range(reader.samples), 0, 25]]
     assert len(os.listdir("/proc/self/fd")) - before <= 2
@@ -280,12 +436,25 @@ def test_few_tars_are_open_at_a_time(built, monkeypatch):
 
 
 def test_workers_outlive_the_signals_that_drain_a_run(built):
+    others = set(multiprocessing.active_children())
     batches = iter(build_train_loader(_config(built, workers=2), rank=0, world_size=1, stop_step=12))
     first = [next(batches), next(batches)]  # one of each worker: both are past their start
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     for worker in workers:
         assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as Slurm does: not from the parent
+        subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
     assert [batch.step for batch in [*first, *batches]] == list(range(12))
+
+
+def test_a_process_ends_though_a_loader_still_has_workers(built):
+    """Workers that ignored every SIGTERM were waited for without end."""
+    program = (
+        "import sys; from imitate_ds.data.loader import build_eval_loader; from imitate_ds.data.shards import load_index;"
+        "from pathlib import Path; index = load_index(Path(sys.argv[1]));"
+        "kept = iter(build_eval_loader(index, 'train', input_size=32, batch_size=2, workers=2));"
+        "print(next(kept).step); sys.kept = [kept]; kept.__class__.__del__ = None"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(built)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -1,5 +1,6 @@
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import webdataset
 from PIL import Image
 
 from imitate_ds.data import shards
+from imitate_ds.data.member_table import MEMBERS, map_table, table_bytes, table_of
 from imitate_ds.data.radiographs import decode_radiograph, load_radiograph, prepare_radiograph
 from imitate_ds.data.shard_index import (
     BUILDING,
@@ -26,8 +28,8 @@ from imitate_ds.data.shard_index import (
     group_hash,
     load_index,
     load_report,
-    read_member,
     read_samples,
+    read_shard,
 )
 from imitate_ds.data.shard_recipe import load_recipe
 from imitate_ds.data.shard_sample import encode_sample
@@ -133,8 +135,7 @@ def test_webdataset_reads_the_tars(phantoms):
     samples = list(webdataset.WebDataset(str(phantoms / shard.name), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [member.key for member in shard.members]
     assert json.loads(samples[0]["json"])["synthetic"] is True
-    member = shard.members[0]
-    assert samples[0]["jpg"] == read_member(phantoms / shard.name, member.image_offset, member.image_size)
+    assert [sample["jpg"] for sample in samples] == [image for _, image, _ in read_shard(phantoms, shard)]
 
 
 def test_a_build_is_the_same_bytes_for_any_workers_and_parts(tmp_path, phantoms):
@@ -433,17 +434,56 @@ def test_load_index_says_what_is_wrong_and_what_to_do(tmp_path):
             load_index(tmp_path / "out")
 
 
+def rewrite_members(root: Path, change) -> None:
+    """Change the table of members, and its checksum with it."""
+    index = json.loads((root / INDEX).read_text())
+    rows = sum(shard["samples"] for shard in index["shards"])
+    data = table_bytes([table_of(change(list(map_table(root / MEMBERS, rows))))])
+    (root / MEMBERS).write_bytes(data)
+    index["members"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (root / INDEX).write_text(json.dumps(index))
+
+
+def test_a_table_of_members_of_another_build_is_refused(tmp_path, phantoms):
+    out = Path(shutil.copytree(phantoms, tmp_path / "out"))
+    (out / MEMBERS).write_bytes((out / MEMBERS).read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match=r"members\.npy: of another build than index\.json; copy both"):
+        load_index(out)
+    rewrite_members(out, lambda members: members[:-1])
+    with pytest.raises(ValueError, match=r"members\.npy: uint64 \[9, \d+\], not uint64 \[9, \d+\]"):
+        load_index(out)
+    (out / MEMBERS).unlink()
+    with pytest.raises(FileNotFoundError, match="missing; copy it again"):
+        load_index(out)
+
+
+@pytest.mark.parametrize("name", ["../train-000000.tar", "/etc/x.tar", "a/b.tar", ".x.tar", "x.zip", "x.tar\n"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, phantoms, name):
+    out = Path(shutil.copytree(phantoms, tmp_path / "out"))
+    index = json.loads((out / INDEX).read_text())
+    index["shards"][0]["name"] = name
+    (out / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json: a shard is called .*ends in \.tar"):
+        load_index(out)
+
+
+def test_a_member_larger_than_any_radiograph_is_not_read(tmp_path, phantoms):
+    out = Path(shutil.copytree(phantoms, tmp_path / "out"))
+    rewrite_members(out, lambda members: [members[0]._replace(image_size=2**40), *members[1:]])
+    with pytest.raises(ValueError, match=r"member too large: 1,099,511,627,776 bytes"):
+        next(read_samples(load_index(out), "train"))
+
+
 def test_verify_finds_a_changed_byte_and_a_wrong_index(tmp_path):
     out = tmp_path / "out"
     build(clinic(tmp_path / "files"), out)
     assert verify_shards(out) == []
-    index = json.loads((out / INDEX).read_text())
-    member = index["shards"][0]["members"][0]
-    index["shards"][0]["members"][0] = [*member[:3], member[3], member[4] - 100, *member[5:]]
-    (out / INDEX).write_text(json.dumps(index))
+    member = load_index(out).shards[0].members[0]
+    rewrite_members(out, lambda members: [members[0]._replace(image_size=member.image_size - 100), *members[1:]])
     assert verify_shards(out) == [
-        f"train-000000.tar: sample {member[0]}: no radiograph where the index says",
-        f"train-000000.tar: sample {member[0]}: radiograph cannot be decoded: damaged image file (OSError)",
+        f"train-000000.tar: sample {member.key}: no radiograph where the index says",
+        f"train-000000.tar: sample {member.key}: radiograph differs from its checksum in the index",
+        f"train-000000.tar: sample {member.key}: radiograph cannot be decoded: damaged image file (OSError)",
     ]
     data = bytearray((out / "val-000000.tar").read_bytes())
     data[700] ^= 1
@@ -456,8 +496,7 @@ def test_verify_finds_a_patient_in_two_splits_and_a_damaged_mask(tmp_path, phant
     shutil.copytree(phantoms, out)
     assert verify_shards(out) == []
     index = json.loads((out / INDEX).read_text())
-    train, val = (next(s for s in index["shards"] if s["split"] == split) for split in ("train", "val"))
-    val["members"][0][2] = train["members"][0][2]
+    train = next(shard for shard in index["shards"] if shard["split"] == "train")
     tar = out / train["name"]
     with tarfile.open(tar) as file:
         mask = next(info for info in file if info.name.endswith(".mask.png"))
@@ -466,6 +505,7 @@ def test_verify_finds_a_patient_in_two_splits_and_a_damaged_mask(tmp_path, phant
     tar.write_bytes(data)
     train["sha256"] = file_sha256(tar)
     (out / INDEX).write_text(json.dumps(index))
+    rewrite_members(out, lambda members: [*members[:-1], members[-1]._replace(patient=members[0].patient)])
     problems = verify_shards(out)
     assert any("1 of" in p and "patients are in more than one split" in p for p in problems)
     wrong = f"mask {mask.name}: cannot be decoded: not a JPEG, PNG, TIFF or DICOM image"
