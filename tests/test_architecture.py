@@ -25,6 +25,7 @@ ONLY_IN = {
     "triton": {"ops.contrastive_triton"},
     "webdataset": {"data.shards"},
     "fsspec": {"data.shard_store"},
+    "aiohttp": {"data.shard_store"},
     "simplejpeg": {"data.stored_images"},
     "pydicom": {"data.radiographs"},
     "pydantic": {"config"},

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from imitate_ds import cli
+from imitate_ds.data.shards import load_index
 
 
 def _run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -23,6 +24,16 @@ def _run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         (["shards", "verify", "{folder}/none"], "no such folder; build one with 'imitate-ds shards build'"),
         (["shards", "embed", "{folder}", "--text-encoder", "{folder}", "--dim", "64"], "--dim 64: is for"),
         (["shards", "build", "phantom", "--out", "{folder}/new", "--part", "3/2"], "--part 3/2: must be I/N"),
+        (["shards", "order", "d", "--seed", "1", "--global-batch", "8", "--steps", "5:5"], "--steps 5:5: must be A:B"),
+        (
+            ["shards", "order", "a", "b", "--weight", "1", "--seed", "1", "--global-batch", "8", "--steps", "0:1"],
+            "--weight: 1 of them for 2 folders",
+        ),
+        (
+            ["shards", "order", "{folder}", "--apart", "town", "--seed", "1", "--global-batch", "8", "--steps", "0:1"],
+            "data.apart = 'town': must be 'study' or 'patient'",
+        ),
+        (["shards", "check-leak", "{folder}/none", "{folder}"], "no such folder"),
         (["evaluate", "probe", "--model", "m", "--shards", "s", "--out", "{folder}/file"], "is a file; name a folder"),
         (["evaluate", "probe", "--model", "m", "--shards", "s", "--out", "{folder}/file/x"], "Not a directory"),
     ],
@@ -50,3 +61,30 @@ def test_folder_names_with_brackets_are_printed_as_they_are(monkeypatch, capsys,
     assert status == 0
     assert out.startswith(f"{folder}: embedded, 8 numbers a section, encoder ")
     assert out.count("\n") == 1
+
+
+def test_order_prints_a_line_of_sorted_keys_for_each_step(monkeypatch, capsys, phantom_shards):
+    options = ["--seed", "7", "--global-batch", "16", "--steps", "2:4"]
+    status, out, _ = _run(monkeypatch, capsys, "shards", "order", str(phantom_shards), *options)
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines] == ["2", "3"]
+    keys = {member.key for shard in load_index(phantom_shards).of_split("train") for member in shard.members}
+    assert all(line[1:] == sorted(set(line[1:]) & keys) and len(line) == 17 for line in lines)
+    by_rank = _run(monkeypatch, capsys, "shards", "order", str(phantom_shards), *options, "--world-size", "2")[1]
+    first, second, *_ = (line.split() for line in by_rank.splitlines())
+    assert first[:5] == ["2", "rank", "0", "worker", "0"]
+    assert sorted(first[5:] + second[5:]) == lines[0][1:]
+
+
+def test_check_leak_tells_by_its_status(monkeypatch, capsys, phantom_shards, tmp_path):
+    folder, pairs = str(phantom_shards), tmp_path / "pairs.csv"
+    splits = ["--split-a", "train", "--split-b", "val"]
+    status, out, _ = _run(monkeypatch, capsys, "shards", "check-leak", folder, folder, *splits)
+    assert status == 0, out
+    assert out.endswith("no leak found\n")
+    copy = shutil.copytree(phantom_shards, tmp_path / "copy")
+    status, out, _ = _run(monkeypatch, capsys, "shards", "check-leak", folder, str(copy), "--out", str(pairs))
+    assert status == 1
+    assert "samples of B leak" in out
+    assert pairs.read_text().startswith("kind,")

@@ -124,3 +124,27 @@ def test_every_run_file_that_ships_is_valid(repository):
     assert len(run_files) >= 6
     for path in run_files:
         assert load_run_config(path).name == path.stem
+
+
+def test_shards_are_one_location_or_a_mixture():
+    one = build_run_config(MINIMAL).data.shards
+    assert [(part.shards, part.weight) for part in one] == [("shards/x", 1.0)]
+    mixture = [{"shards": "shards/x"}, {"shards": "s3://bucket/y", "weight": 0.5}]
+    config = build_run_config({**MINIMAL, "data": {"shards": mixture}})
+    assert [(part.shards, part.weight) for part in config.data.shards] == [("shards/x", 1.0), ("s3://bucket/y", 0.5)]
+    assert build_run_config(load_yaml(dump_run_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([], r"data\.shards = \[\]: .* at least 1 item"),
+        (3, r"data\.shards = 3: must be a list"),
+        ([{"shards": "a", "wieght": 2.0}], r"data\.shards\.0\.wieght is not a setting \(did you mean weight\?\)"),
+        ([{"shards": "a"}, {"shards": "b", "weight": 0.0}], r"data\.shards\.1\.weight = 0\.0: must be greater than 0"),
+        (["a"], r"data\.shards\.0 = 'a': must be a section of shards, weight"),
+    ],
+)
+def test_a_mixture_is_checked_entry_by_entry(shards, message):
+    with pytest.raises(ValueError, match=message):
+        build_run_config({**MINIMAL, "data": {"shards": shards}})

@@ -30,8 +30,9 @@ from imitate_ds.data.member_table import Member
 from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at
 from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
 from imitate_ds.data.shard_sample import error_rule
+from imitate_ds.data.shard_store import UnreachableError
 from imitate_ds.data.stored_images import decode_stored
-from imitate_ds.data.text_cache import TextCache, load_text_cache, sidecar_file, text_info
+from imitate_ds.data.text_cache import load_text_cache, sidecar_file, text_info
 from imitate_ds.data.transforms import TrainViews, eval_view
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ PREFETCHED_BATCHES = 32  # how far ahead remote shards are fetched
 class Sample(NamedTuple):
     key: str
     image: Tensor  # uint8 [1, H, W]
-    findings: Tensor  # float32 [E]
+    findings: Tensor  # float16 [E]
     impression: Tensor
     has_findings: bool
     has_impression: bool
@@ -65,9 +66,19 @@ class Request(NamedTuple):
     rows: list[PlannedSample]
 
 
+class _Texts(NamedTuple):
+    """The embeddings of a shard that a run uses, what is there of them, and which rows are sound."""
+
+    findings: Tensor  # float16 [n, E], mapped
+    impression: Tensor
+    has_findings: list[bool]
+    has_impression: list[bool]
+    finite: list[bool]
+
+
 class _OpenShard(NamedTuple):
     file: BinaryIO
-    text: TextCache | None
+    texts: _Texts | None
 
 
 class ShardReader:
@@ -112,10 +123,14 @@ class ShardReader:
         crc = member.image_crc if self._verifies(where) else None
         data = read_at(opened.file, self._shards[where.shard][1].name, member.image_offset, member.image_size, crc)
         image = decode_stored(data, at_least=at_least)
-        if opened.text is None:
+        if opened.texts is None:
             nothing = torch.empty(0)
             return Sample(member.key, image, nothing, nothing, False, False)
-        return Sample(member.key, image, *self._text(opened.text, where.row))
+        if not opened.texts.finite[where.row]:
+            raise ValueError("text embedding is not finite: run 'imitate-ds shards embed'")
+        findings, impression, has_findings, has_impression, _ = opened.texts
+        row = where.row
+        return Sample(member.key, image, findings[row], impression[row], has_findings[row], has_impression[row])
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Have the files of remote shards fetched in the background."""
@@ -138,15 +153,16 @@ class ShardReader:
             if folder.store is None:
                 load_text_cache(folder.root, shard, self._text_info[folder.root])  # maps the file only
 
-    def _text(self, text: TextCache, row: int) -> tuple[Tensor, Tensor, bool, bool]:
-        """The embeddings of both sections, and whether each is there."""
-        findings, impression = text.findings[row].float(), text.impression[row].float()
-        has_findings, has_impression = bool(text.has_findings[row]), bool(text.has_impression[row])
+    def _texts(self, folder: ShardIndex, shard: ShardEntry) -> _Texts:
+        """The embeddings of both sections; looked through once, here, for numbers that are not finite."""
+        info = self._text_info[folder.root]
+        folder.fetch(sidecar_file(info, shard))
+        text = load_text_cache(folder.root, shard, info, verify=self.verify != "off")
+        impression, has_impression = text.impression, text.has_impression
         if self.impression_text == "report":
-            impression, has_impression = text.report[row].float(), has_findings or has_impression
-        if not (findings.isfinite().all() and impression.isfinite().all()):
-            raise ValueError("text embedding is not finite; run 'imitate-ds shards embed'")
-        return findings, impression, has_findings, has_impression
+            impression, has_impression = text.report, text.has_findings | text.has_impression
+        finite = text.findings.isfinite().all(dim=1) & impression.isfinite().all(dim=1)
+        return _Texts(text.findings, impression, text.has_findings.tolist(), has_impression.tolist(), finite.tolist())
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
@@ -157,15 +173,11 @@ class ShardReader:
         return self._open[number]
 
     def _open_shard(self, folder: ShardIndex, shard: ShardEntry) -> _OpenShard:
-        text = None
-        if self.with_text:
-            info = self._text_info[folder.root]
-            folder.fetch(sidecar_file(info, shard))
-            text = load_text_cache(folder.root, shard, info, verify=self.verify != "off")
+        texts = self._texts(folder, shard) if self.with_text else None
         file = folder.fetch(shard.file).open("rb")
         # Members are read in an order that no read-ahead can guess, and all of them within a window.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        return _OpenShard(file, text)
+        return _OpenShard(file, texts)
 
 
 class _TrainSet(Dataset):
@@ -198,6 +210,8 @@ class _TrainSet(Dataset):
         for where in chain([row], (self.plan.substitute(step, position, attempt) for attempt in count(1))):
             try:
                 return self.reader.read(where, at_least=self.views.decode_side), where, damaged
+            except (UnreachableError, PermissionError):
+                raise  # the network's damage, not the sample's: to skip it would change what is trained on
             except (ValueError, OSError) as error:
                 damaged.append(Damaged(self.reader.member(where).key, error_rule(error)))
                 _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
@@ -310,11 +324,26 @@ def build_train_loader(
     folders = folders or open_train_folders(data)
     global_batch_size = config.train.micro_batch_size * world_size
     plan = build_train_plan(data, folders, seed=config.seed, global_batch_size=global_batch_size)
+    for folder in folders:
+        _check_cache(folder, data, plan)
     reader = ShardReader(folders, data.train_split, impression_text=data.impression_text, verify=data.verify)
     steps = range(start_step, stop_step)
     requests = _Requests(plan, reader, rank, world_size, steps)
     loader = _in_workers(_TrainSet(reader, plan, config, rank), data.workers, requests)
     return TrainBatches(loader, plan, data.max_skipped, steps, record)
+
+
+def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
+    """A cache that holds less than this window of shards and the next would fetch every shard many times."""
+    shards = folder.of_split(data.train_split)
+    whole = sum(shard.bytes for shard in shards)
+    window = whole * min(1.0, plan.window_samples / max(1, sum(shard.samples for shard in shards)))
+    needed = min(whole, 2 * window) / 2**30
+    if folder.store and data.cache_gib < needed:
+        raise ValueError(
+            f"data.cache_gib = {data.cache_gib}: {folder.store.location} needs {needed:.2g} GiB, for the shards that are read "
+            "together and the next; raise it, or copy the folder to a local disk"
+        )
 
 
 @dataclass(frozen=True)
@@ -421,8 +450,8 @@ def _collate(samples: list[Sample], images: Tensor, step: int) -> Batch:
     return Batch(
         keys=list(keys),
         images=images,
-        findings=torch.stack(findings),
-        impression=torch.stack(impression),
+        findings=torch.stack(findings).float(),
+        impression=torch.stack(impression).float(),
         has_findings=torch.tensor(has_findings),
         has_impression=torch.tensor(has_impression),
         step=step,

@@ -54,7 +54,7 @@ class ShardPlan:
         )
         self._folder_starts = np.cumsum([0, *(part.samples for part in self._passes)], dtype=np.int64)
         self._groups = np.unique(np.concatenate([f.groups for f in folders]), return_inverse=True)[1].astype(np.int32)
-        self._window = max(window_samples, WINDOW_BATCHES * global_batch_size)
+        self.window_samples = max(window_samples, WINDOW_BATCHES * global_batch_size)
         self.steps_per_epoch = self._most_batches()
         if not self.steps_per_epoch:
             raise ValueError(
@@ -110,7 +110,7 @@ class ShardPlan:
     def _draw_order(self, epoch: int) -> np.ndarray:
         visits = self._visits_of(epoch)
         bits = np.random.PCG64([self.seed, epoch])
-        order = self._deal_windows(visits, bits, max(1, len(visits) // self._window))
+        order = self._deal_windows(visits, bits, max(1, len(visits) // self.window_samples))
         if len(order) < self.steps_per_epoch:  # some group has more samples in a window than that has batches
             order = self._deal_windows(visits, bits, 1)
         return order[: self.steps_per_epoch]

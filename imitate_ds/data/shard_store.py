@@ -19,8 +19,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import fsspec
@@ -43,7 +44,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 LONGEST_NAME = 200
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:\ is a drive
 WITHOUT_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound")
-ALLOWED = (
+CREDENTIALS = (
     "check the credentials: for s3 those of the AWS tools (FSSPEC_S3_ANON=true where none are needed), for http "
     "user:password@ in the URL or ~/.netrc"
 )
@@ -206,12 +207,11 @@ class ShardStore:
         """Download a file and put it in its place. The lock is held."""
         part, asked = self._side_path(file.name, "part"), time.time()
         try:
-            with open(part, "wb", opener=_private) as out:  # empties what a killed process left
+            with open(part, "wb", buffering=0, opener=_private) as out:  # empties what a killed process left
                 sha256 = self._download(file, out)
-                out.flush()
                 os.fsync(out.fileno())
             _write_note(lock, _Note())  # a kill between here and the next note costs one more download
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             part.replace(path)
             _write_note(lock, _Note(sha256, asked))
         except UnreachableError as error:
@@ -225,7 +225,7 @@ class ShardStore:
             raise error
         log.warning("%s; going on with the copy of an earlier run", error)
 
-    def _download(self, file: File, out: BinaryIO) -> str:
+    def _download(self, file: File, out: RawIOBase) -> str:
         """The whole file into `out`; its SHA-256. Attempts begin anew whenever a block more than ever has arrived."""
         failures, most, digest = 0, 0, hashlib.sha256()
         while True:
@@ -246,31 +246,36 @@ class ShardStore:
             time.sleep(_wait_s(failures))
         raise self._error(file, fault)  # here, and not above: a chained error would show the URL with its credentials
 
-    def _receive(self, file: File, out: BinaryIO, digest: Any) -> None:
+    def _receive(self, file: File, out: RawIOBase, digest: Any) -> None:
         """One attempt: what is missing from `out`. Raises _Fault, or OSError where it cannot be written."""
         limit = UNSIZED_BYTES if file.bytes is None else file.bytes
         for chunk in self._chunks(file, out.tell(), limit) if out.tell() < limit else ():
             if out.tell() + len(chunk) > limit:
                 raise _Fault(f"more than {limit:,} bytes came", restart=True)
-            try:
-                out.write(chunk)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{self.root}: {error.strerror} while {file.name} was written; the cache may take data.cache_gib = "
-                    f"{self.max_bytes / 2**30:g}: lower it, or move it with data.cache_dir",
-                ) from None
+            self._write(out, chunk)
             digest.update(chunk)
         if file.bytes is not None and out.tell() < file.bytes:
             raise _Fault(f"only {out.tell():,} of {file.bytes:,} bytes came", cut=True)
         if file.sha256 is not None and digest.hexdigest() != file.sha256:
             raise _Fault("the checksum differs from the index", restart=True)
 
+    def _write(self, out: RawIOBase, chunk: bytes) -> None:
+        rest = memoryview(chunk)
+        try:
+            while rest:
+                rest = rest[out.write(rest) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.root}: {error.strerror}; the cache may take data.cache_gib = {self.max_bytes / 2**30:g}: lower it, "
+                "or move it with data.cache_dir",
+            ) from None
+
     def _chunks(self, file: File, start: int, limit: int) -> Iterator[bytes]:
         """The bytes of a remote file from `start` on, as they come; no more than a few beyond `limit`."""
         file_system, url = self._queue().file_system, _join(self.url, file.name)
         try:
-            if "http" in file_system.protocol:
+            if _is_http(url):
                 yield from _http_chunks(file_system, url, start)
             else:
                 path = type(file_system)._strip_protocol(url)
@@ -285,7 +290,7 @@ class ShardStore:
                 f"{where}: not there; check data.shards, and that the folder was copied whole and embedded"
             )
         if fault.fatal is PermissionError:
-            return PermissionError(f"{where}: refused ({fault.reason}); {ALLOWED}")
+            return PermissionError(f"{where}: refused ({fault.reason}); {CREDENTIALS}")
         if fault.fatal:
             return OSError(f"{where}: {fault.reason}; check data.shards")
         tried = f"{where}: {fault.reason}, the last of {self.attempts} attempts"
@@ -315,16 +320,17 @@ class ShardStore:
             )
 
     def _remove_unused(self, path: Path) -> bool:
-        """Readers that hold the file open keep it."""
+        """Whether the file is gone now. Readers that hold it open keep it."""
         lock = _take_lock(self._side_path(path.name, "lock"), wait=False)
         if lock is None:
             return False  # somebody is just fetching it
         try:
-            unused = (info := _regular(path)) is not None and time.time() - info.st_mtime > KEEP_S
-            if unused:
-                _write_note(lock, _Note())
-                path.unlink()
-            return unused
+            info = _regular(path)
+            if info and time.time() - info.st_mtime <= KEEP_S:
+                return False
+            _write_note(lock, _Note())
+            path.unlink(missing_ok=True)  # another process may be making room too
+            return True
         finally:
             _release(lock)
 
@@ -350,6 +356,7 @@ def open_store(
     location = str(location)
     if not is_remote(location):
         return ShardStore(location, Path(location))
+    location = SCHEME.sub(lambda scheme: scheme[0].lower(), location, count=1)
     shown = _without_credentials(location)
     # Here and not when the first file is asked for: a process must not be forked while its threads import.
     _file_system_class(location)
@@ -396,7 +403,7 @@ def _checked_name(name: object) -> str:
 def _split(location: str) -> SplitResult:
     try:
         parts = urlsplit(location)
-        _ = parts.port if parts.scheme in ("http", "https") else None  # raises where a password has a '/'
+        _ = parts.port if _is_http(location) else None  # raises where a password has a '/'
     except ValueError:
         parts = None
     if parts is None or (not parts.netloc.rpartition("@")[2] and parts.scheme != "file"):
@@ -407,6 +414,10 @@ def _split(location: str) -> SplitResult:
     return parts
 
 
+def _is_http(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
 def _without_credentials(location: str) -> str:
     parts = _split(location)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
@@ -414,7 +425,7 @@ def _without_credentials(location: str) -> str:
 
 def _join(location: str, name: str) -> str:
     """The URL of a file of a folder. A query, which may hold an access token, stays behind it."""
-    if not location.startswith(("http://", "https://")):
+    if not _is_http(location):
         return f"{location.rstrip('/')}/{name}"
     parts = _split(location)
     return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
@@ -517,7 +528,7 @@ def _wait_s(failures: int) -> float:
 
 
 def _file_system_class(location: str) -> Any:
-    protocol = location.partition("://")[0].lower()
+    protocol = location.partition("://")[0]
     try:
         return fsspec.get_filesystem_class(protocol)
     except ImportError as error:
@@ -531,7 +542,7 @@ def _file_system_class(location: str) -> Any:
 def _open_file_system(location: str, timeout_s: float) -> Any:
     """A file system of its own: an instance that fsspec shares may belong to the parent of this process."""
     kind = _file_system_class(location)
-    protocol = "http" if "http" in kind.protocol else location.partition("://")[0].lower()
+    protocol = "http" if _is_http(location) else location.partition("://")[0]
     options = kind._get_kwargs_from_urls(location)
     for name, values in _transfer_options(protocol, timeout_s).items():
         options[name] = values | fsspec.config.conf.get(protocol, {}).get(name, {})  # the user's own have precedence

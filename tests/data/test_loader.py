@@ -348,6 +348,9 @@ def test_a_remote_folder_gives_the_batches_of_a_local_one(built, tmp_path, worke
         again = _train(_config(built, shards=server.url, **cache), 12)
         assert all(_same(one, other) for one, other in zip(remote, again, strict=True))
         assert server.requests["train-000000.tar"] == asked, "the second run finds it in the cache"
+        tiny = {**cache, "cache_gib": 1e-5}
+        with pytest.raises(ValueError, match=r"data\.cache_gib = 1e-05: http://.* needs .* GiB, for the shards"):
+            _train(_config(built, shards=server.url, **tiny), 1)
 
 
 def test_order_prints_what_was_in_the_batch(built):
