@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import re
-import sys
 import threading
 import time
 from collections import deque
@@ -24,26 +23,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-import fsspec
-import fsspec.asyn
-import fsspec.config
+from imitate_ds.data.shard_transport import BLOCK, Fault, is_http, open_file_system, remote_bytes, require_protocol
 
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "IMITATE_DS_CACHE"
 DEFAULT_CACHE = "~/.cache/imitate_ds"
 FETCHING = ".fetching"  # folder of locks and unfinished downloads, inside the cached folder
-BLOCK = 8 * 2**20  # bytes of one request, where a protocol has no streams; and the progress that earns new attempts
 UNSIZED_BYTES = 64 * 2**20  # most of a file whose size nobody named: index.json, text.json
 FIRST_WAIT_S = 0.5  # doubled after every failure
 LONGEST_WAIT_S = 30.0
-CONNECT_S = 15.0  # a machine that answers at all does so sooner
 KEEP_S = 60.0  # whoever was handed a path has this long to open it
 PREFETCH_THREADS = 4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 LONGEST_NAME = 200
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:\ is a drive
-WITHOUT_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound")
 CREDENTIALS = (
     "check the credentials: for s3 those of the AWS tools (FSSPEC_S3_ANON=true where none are needed), for http "
     "user:password@ in the URL or ~/.netrc"
@@ -63,17 +57,6 @@ class File(NamedTuple):
 
 class UnreachableError(OSError):
     """A server that could not be reached, or that broke off, in every attempt."""
-
-
-class _Fault(Exception):
-    """Why an attempt failed. fatal: raise this at once; restart: what has arrived is worthless; cut: the line failed."""
-
-    def __init__(self, reason: str, *, fatal: type[OSError] | None = None, restart: bool = False, cut: bool = False):
-        super().__init__(reason)
-        self.reason = reason
-        self.fatal = fatal
-        self.restart = restart
-        self.cut = cut
 
 
 class _Note(NamedTuple):
@@ -169,7 +152,7 @@ class ShardStore:
     def _queue(self) -> _Queue:
         """This process's own: neither connections nor threads outlive a fork."""
         if self not in _queues:
-            _queues.setdefault(self, _Queue(_open_file_system(self.url, self.timeout_s)))
+            _queues.setdefault(self, _Queue(open_file_system(self.url, self.timeout_s)))
         return _queues[self]
 
     def _may_be_here(self, file: File) -> bool:
@@ -232,7 +215,7 @@ class ShardStore:
             try:
                 self._receive(file, out, digest)
                 return digest.hexdigest()
-            except _Fault as error:
+            except Fault as error:
                 fault = error
             if out.tell() >= most + BLOCK:
                 failures, most = 0, out.tell()
@@ -247,17 +230,17 @@ class ShardStore:
         raise self._error(file, fault)  # here, and not above: a chained error would show the URL with its credentials
 
     def _receive(self, file: File, out: RawIOBase, digest: Any) -> None:
-        """One attempt: what is missing from `out`. Raises _Fault, or OSError where it cannot be written."""
+        """One attempt: what is missing from `out`. Raises Fault, or OSError where it cannot be written."""
         limit = UNSIZED_BYTES if file.bytes is None else file.bytes
-        for chunk in self._chunks(file, out.tell(), limit) if out.tell() < limit else ():
+        for chunk in self._bytes_of(file, out.tell(), limit) if out.tell() < limit else ():
             if out.tell() + len(chunk) > limit:
-                raise _Fault(f"more than {limit:,} bytes came", restart=True)
+                raise Fault(f"more than {limit:,} bytes came", restart=True)
             self._write(out, chunk)
             digest.update(chunk)
         if file.bytes is not None and out.tell() < file.bytes:
-            raise _Fault(f"only {out.tell():,} of {file.bytes:,} bytes came", cut=True)
+            raise Fault(f"only {out.tell():,} of {file.bytes:,} bytes came", cut=True)
         if file.sha256 is not None and digest.hexdigest() != file.sha256:
-            raise _Fault("the checksum differs from the index", restart=True)
+            raise Fault("the checksum differs from the index", restart=True)
 
     def _write(self, out: RawIOBase, chunk: bytes) -> None:
         rest = memoryview(chunk)
@@ -271,19 +254,11 @@ class ShardStore:
                 "or move it with data.cache_dir",
             ) from None
 
-    def _chunks(self, file: File, start: int, limit: int) -> Iterator[bytes]:
-        """The bytes of a remote file from `start` on, as they come; no more than a few beyond `limit`."""
-        file_system, url = self._queue().file_system, _join(self.url, file.name)
-        try:
-            if _is_http(url):
-                yield from _http_chunks(file_system, url, start)
-            else:
-                path = type(file_system)._strip_protocol(url)
-                yield from _blocks(file_system, path, start, limit, sized=file.bytes is not None)
-        except _transfer_errors() as error:
-            raise _fault_of(error, self.timeout_s) from None
+    def _bytes_of(self, file: File, start: int, limit: int) -> Iterator[bytes]:
+        url, sized = _join(self.url, file.name), file.bytes is not None
+        return remote_bytes(self._queue().file_system, url, start, limit, sized=sized, timeout_s=self.timeout_s)
 
-    def _error(self, file: File, fault: _Fault) -> OSError:
+    def _error(self, file: File, fault: Fault) -> OSError:
         where = f"{self.location}: {file.name}"
         if fault.fatal is FileNotFoundError:
             return FileNotFoundError(
@@ -359,7 +334,7 @@ def open_store(
     location = SCHEME.sub(lambda scheme: scheme[0].lower(), location, count=1)
     shown = _without_credentials(location)
     # Here and not when the first file is asked for: a process must not be forked while its threads import.
-    _file_system_class(location)
+    require_protocol(location)
     cache = cache or Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
     root = cache.absolute() / _folder_name(shown)
     _make_private(root)
@@ -384,7 +359,6 @@ def _after_fork() -> None:
     for lock in _locks:
         os.close(lock)
     _locks.clear()
-    fsspec.asyn.reset_lock()  # fsspec's own hook resets another name
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -403,7 +377,7 @@ def _checked_name(name: object) -> str:
 def _split(location: str) -> SplitResult:
     try:
         parts = urlsplit(location)
-        _ = parts.port if _is_http(location) else None  # raises where a password has a '/'
+        _ = parts.port if is_http(location) else None  # raises where a password has a '/'
     except ValueError:
         parts = None
     if parts is None or (not parts.netloc.rpartition("@")[2] and parts.scheme != "file"):
@@ -414,10 +388,6 @@ def _split(location: str) -> SplitResult:
     return parts
 
 
-def _is_http(location: str) -> bool:
-    return location.startswith(("http://", "https://"))
-
-
 def _without_credentials(location: str) -> str:
     parts = _split(location)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
@@ -425,7 +395,7 @@ def _without_credentials(location: str) -> str:
 
 def _join(location: str, name: str) -> str:
     """The URL of a file of a folder. A query, which may hold an access token, stays behind it."""
-    if not _is_http(location):
+    if not is_http(location):
         return f"{location.rstrip('/')}/{name}"
     parts = _split(location)
     return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
@@ -525,130 +495,3 @@ def _next_file(queue: _Queue) -> File | None:
 
 def _wait_s(failures: int) -> float:
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1)) * _jitter.uniform(0.5, 1)
-
-
-def _file_system_class(location: str) -> Any:
-    protocol = location.partition("://")[0]
-    try:
-        return fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        needs = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}.get(protocol)
-        how = f"{needs}: pip install 'imitate-ds[remote]'" if needs else f"one more package: {error}"
-        raise ModuleNotFoundError(f"data.shards: {protocol}:// needs {how}") from None
-    except ValueError:
-        raise ValueError(f"data.shards: {protocol}:// is unknown; use a folder, http://, https:// or s3://") from None
-
-
-def _open_file_system(location: str, timeout_s: float) -> Any:
-    """A file system of its own: an instance that fsspec shares may belong to the parent of this process."""
-    kind = _file_system_class(location)
-    protocol = "http" if _is_http(location) else location.partition("://")[0]
-    options = kind._get_kwargs_from_urls(location)
-    for name, values in _transfer_options(protocol, timeout_s).items():
-        options[name] = values | fsspec.config.conf.get(protocol, {}).get(name, {})  # the user's own have precedence
-    if protocol == "http" and "%" in location:
-        options["encoded"] = True  # a signed query holds only as it was signed
-    file_system = kind(skip_instance_cache=True, **options)
-    if protocol == "s3":
-        file_system.retries = 1  # attempts are counted here
-    _close_here_only(file_system)
-    return file_system
-
-
-def _close_here_only(file_system: Any) -> None:
-    """Garbage may be collected in a child that a fork gave it to, where closing waits a second for a loop that is not."""
-    if close := getattr(file_system, "close_session", None):
-        owner = os.getpid()
-        file_system.close_session = lambda *session: close(*session) if os.getpid() == owner else None
-
-
-def _transfer_options(protocol: str, timeout_s: float) -> dict[str, dict[str, Any]]:
-    connect_s = min(timeout_s, CONNECT_S)
-    if protocol == "http":
-        import aiohttp  # an optional dependency
-
-        timeout = aiohttp.ClientTimeout(total=None, connect=connect_s, sock_read=timeout_s)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-    if protocol == "s3":
-        retries = {"total_max_attempts": 1}
-        return {"config_kwargs": {"connect_timeout": connect_s, "read_timeout": timeout_s, "retries": retries}}
-    return {}
-
-
-def _http_chunks(file_system: Any, url: str, start: int) -> Iterator[bytes]:
-    """A body from byte `start` on. fsspec's own readers would hold in memory all that a server without ranges sends."""
-    loop = file_system.loop
-    response: Any = fsspec.asyn.sync(loop, _get, file_system, url, start)
-    try:
-        if response.status >= 300:
-            raise _fault_of_status(response.status)
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise _Fault("another range came than was asked for", restart=True)
-        skip = start if response.status == 200 else 0  # a server without ranges begins at the beginning
-        while chunk := fsspec.asyn.sync(loop, response.content.readany):
-            yield chunk[skip:]
-            skip = max(0, skip - len(chunk))
-    finally:
-        loop.call_soon_threadsafe(response.close)  # keeps the connection where the body was read to its end
-
-
-async def _get(file_system: Any, url: str, start: int) -> Any:
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    session = await file_system.set_session()
-    return await session.get(file_system.encode_url(url), headers=headers)
-
-
-def _blocks(file_system: Any, path: str, start: int, limit: int, *, sized: bool) -> Iterator[bytes]:
-    if not sized:  # one request, for nobody knows where a second one would begin
-        yield file_system.cat_file(path, start=0, end=limit + 1)
-        return
-    while start < limit and (block := file_system.cat_file(path, start=start, end=min(start + BLOCK, limit))):
-        yield block
-        start += len(block)
-
-
-def _transfer_errors() -> tuple[type[Exception], ...]:
-    """What file systems raise when a transfer fails; of the optional packages, those that were imported."""
-    kinds: list[type[Exception]] = [OSError, EOFError]
-    if aiohttp := sys.modules.get("aiohttp"):
-        kinds.append(aiohttp.ClientError)
-    if botocore := sys.modules.get("botocore.exceptions"):
-        kinds += [botocore.BotoCoreError, botocore.ClientError]
-    return tuple(kinds)
-
-
-def _fault_of(error: Exception, timeout_s: float) -> _Fault:
-    """What an error of a transfer means. Its own text is not used: it may show a URL with its credentials."""
-    status, name = _status(error), type(error).__name__
-    if status is not None:
-        return _fault_of_status(status)
-    if isinstance(error, FileNotFoundError):
-        return _Fault(name, fatal=FileNotFoundError)
-    if isinstance(error, PermissionError) or name in WITHOUT_CREDENTIALS:
-        return _Fault(name, fatal=PermissionError)
-    if isinstance(error, TimeoutError) or "Timeout" in name:
-        return _Fault(f"{name}: nothing came in time ({timeout_s:g} s)", cut=True)
-    number = error.errno if isinstance(error, OSError) else None
-    return _Fault(f"{name}: {os.strerror(number)}" if number and number > 0 else name, cut=True)
-
-
-def _fault_of_status(status: int) -> _Fault:
-    if status in (404, 410):
-        return _Fault(f"status {status}", fatal=FileNotFoundError)
-    if status in (401, 403):
-        return _Fault(f"status {status}", fatal=PermissionError)
-    if status == 416:
-        return _Fault("status 416: the file is shorter than the index says", restart=True)
-    passing = status >= 500 or status in (408, 429)
-    return _Fault(f"status {status}", fatal=None if passing else OSError, cut=True)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of aiohttp, or of botocore, which s3fs wraps in another."""
-    if error is None:
-        return None
-    if isinstance(status := getattr(error, "status", None), int):
-        return status
-    if isinstance(response := getattr(error, "response", None), dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return _status(error.__cause__)
