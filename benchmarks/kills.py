@@ -3,10 +3,11 @@
     python benchmarks/kills.py [--kills 100] [--shards shards/phantom]
 
 Each attempt is two processes under gloo that go on from the newest checkpoint. A moment after the start (now and then
-while it still starts) one of them, or both, get SIGKILL; what has not ended ten seconds later is killed too, as a launcher
-does. Every rank writes down what it consumed: keys, and a hash of the views. Then the run is left alone to its end, and is
-compared with one that was never disturbed: the studies of every step that counts, against the plan; views, bit by bit; the
-loss of every step. Training is in float32 with the default augmentation. Writes benchmarks/results/kills.json; stops with status 1 where anything differs.
+while it still starts) one of them, or both, get SIGKILL; what has not ended ten seconds later is killed too, as a
+launcher does. Every rank writes down what it consumed: keys, and a hash of the views. Then the run is left alone to its
+end, and is compared with one that was never disturbed: the studies of every step that counts, against the plan; views,
+bit by bit; the loss of every step. Training is in float32 with the default augmentation. Writes
+benchmarks/results/kills.json; stops with status 1 where anything differs.
 """
 
 import argparse

@@ -107,3 +107,6 @@ def test_nothing_is_unpickled(repository):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
                 assert safe, f"imitate_ds.{module}: torch.load without weights_only=True"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+                safe = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
+                assert safe, f"imitate_ds.{module}: np.load without allow_pickle=False"

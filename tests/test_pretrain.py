@@ -126,12 +126,12 @@ def test_killed_rank_then_resume_equals_the_undisturbed_run(run_file):
 
 
 def test_two_ranks_in_chunks_equal_one_rank_with_the_whole_batch(run_file):
-    """With a learned temperature, in a model whose steps do not depend on how a batch is cut."""
+    """With a learned temperature, in a model whose steps do not depend on how a batch is cut, and whoever makes the views."""
     common = {"epochs": 1, "max_steps": 2, "eval_every": 0, "batch_norm": "freeze"}
     settings = ("--set", "model.projection_norm=layer", "--set", "objective.temperature={learnable: true}")
     path, folder = run_file("chunks", train={**common, "grad_cache_chunk": 6})
     run("imitate_ds.pretrain", "--config", str(path), *settings)
-    path, whole = run_file("whole", train={**common, "micro_batch_size": 36})
+    path, whole = run_file("whole", train={**common, "micro_batch_size": 36}, data={"augment_on": "device"})
     run("imitate_ds.pretrain", "--config", str(path), *settings, ranks=1)
     for found, wanted in zip(records(folder), records(whole), strict=True):
         for name in ("loss", "image_findings", "gradient_norm", "temperature"):

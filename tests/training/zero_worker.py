@@ -57,7 +57,7 @@ def global_batch(step: int) -> Batch:
 def rank_batch(step: int, rank: int, world_size: int) -> Batch:
     whole, share = global_batch(step), STUDIES // world_size
     rows = slice(rank * share, (rank + 1) * share)
-    return Batch(*(value[rows] if name != "step" else value for name, value in whole._asdict().items()))
+    return Batch(*(value[rows] if isinstance(value, (list, torch.Tensor)) else value for value in whole))
 
 
 def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze", chunk: int = 0) -> TrainConfig:
