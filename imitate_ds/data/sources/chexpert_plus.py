@@ -1,4 +1,4 @@
-"""CheXpert Plus: the reports of CheXpert, beside its images as PNG, or as the JPEG of CheXpert-v1.0 and -small."""
+"""CheXpert Plus: the reports of CheXpert, beside its images as PNG or DICOM, or the JPEG of CheXpert-v1.0 and -small."""
 
 import json
 from collections import defaultdict
@@ -11,18 +11,21 @@ from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.table import (
     Row,
     check_patient_splits,
-    newest_table,
+    check_patients,
+    described,
     parse_split,
     parse_view,
     read_labels,
     read_rows,
+    require_table,
     section_text,
 )
 
 LAYOUT = (
-    "df_chexpert_plus_240401.csv and train/patient1/study1/view1_frontal.jpg, also under PNG/ or CheXpert-v1.0[-small]/"
+    "df_chexpert_plus_240401.csv and train/patient1/study1/view1_frontal.jpg, also under PNG/, DICOM/ or "
+    "CheXpert-v1.0[-small]/"
 )
-FOLDERS = ("", "PNG", "PNG/PNG", "PNGs", "images", "CheXpert-v1.0", "CheXpert-v1.0-small")
+FOLDERS = ("", "PNG", "PNG/PNG", "PNGs", "DICOM", "DICOM/DICOM", "images", "CheXpert-v1.0", "CheXpert-v1.0-small")
 IMAGE_SUFFIXES = (".png", ".jpg", ".dcm")
 REQUIRED = ("path_to_image", "deid_patient_id", "section_findings", "section_impression", "frontal_lateral", "split")
 # By default the labels CheXbert read from the whole report: from one section, absent sections count as "No Finding".
@@ -40,15 +43,14 @@ class CheXpertPlusSource:
 
     def __init__(self, root: str | Path, *, labels: str | None = None):
         self._root = Path(root)
-        table = newest_table(self._root, "df_chexpert_plus_*")
-        if table is None:
-            raise FileNotFoundError(f"{self._root}: no df_chexpert_plus_240401.csv; expected {LAYOUT}")
+        table = require_table(self._root, "df_chexpert_plus_*", called="df_chexpert_plus_240401.csv", layout=LAYOUT)
         self._studies: dict[str, list[dict[str, str]]] = defaultdict(list)
         for row in read_rows(table, REQUIRED):
             kept = {name: row[name] for name in REQUIRED} | {"split": parse_split(row, "split", table)}
-            kept["path_to_image"] = _layout_path(row["path_to_image"])
+            kept["path_to_image"] = _table_path(row, "path_to_image", table)
             self._studies[_study_of(kept["path_to_image"])].append(kept)
         rows = [row for rows in self._studies.values() for row in rows]
+        check_patients((row["deid_patient_id"] for row in rows), "deid_patient_id", table)
         check_patient_splits(((row["deid_patient_id"], row["split"]) for row in rows), table)
         self._labels = _read_chexbert(self._root, labels) or _read_chexpert(self._root)
         self._folder, self._suffix = self._find_images(rows, table)
@@ -90,6 +92,15 @@ def _layout_path(path: str) -> str:
     return str(PurePosixPath(*PurePosixPath(path.strip().replace("\\", "/")).parts[-4:]))
 
 
+def _table_path(row: Row, column: str, table: Path) -> str:
+    """_layout_path of a cell, or ValueError where it is none."""
+    path = _layout_path(row[column])
+    if len(PurePosixPath(path).parts) < 4:
+        rule = "must end in train/patient1/study1/view1_frontal.jpg"
+        raise ValueError(f"{table}, line {row.line}: {column} is {described(row[column])}: {rule}")
+    return path
+
+
 def _study_of(layout_path: str) -> str:
     """patient1/study1"""
     return "/".join(PurePosixPath(layout_path).parts[1:3])
@@ -125,5 +136,5 @@ def _read_chexpert(root: Path) -> dict[str, dict[str, int]]:
         for path in (root / folder / "train.csv", root / folder / "valid.csv"):
             for row in read_rows(path, ("Path", "AP/PA")) if path.is_file() else ():
                 names = list(row)[list(row).index("AP/PA") + 1 :]
-                labels[_study_of(_layout_path(row["Path"]))] = read_labels(row, names, path)
+                labels[_study_of(_table_path(row, "Path", path))] = read_labels(row, names, path)
     return labels

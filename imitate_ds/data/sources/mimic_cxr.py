@@ -19,6 +19,7 @@ from imitate_ds.data.sources.table import (
     parse_view,
     read_labels,
     read_rows,
+    require_table,
     split_by_hash,
 )
 
@@ -28,6 +29,9 @@ LAYOUT = (
 REPORT_LAYOUT = (
     "mimic-cxr-reports.zip or files/p10/p10000032/s50414267.txt, which are in MIMIC-CXR and not in MIMIC-CXR-JPG"
 )
+# Names a table of any version: 2.1.0 of the collection still calls most of them 2.0.0, and adds one of other columns,
+# mimic-cxr-2.1.0-test-set-labeled.csv
+TABLE = "mimic-cxr-2.[0-9].[0-9]-"
 LABEL_TABLES = ("chexpert", "negbio")
 IMAGE_SUFFIXES = (".jpg", ".png", ".dcm")  # resized copies are often PNG; MIMIC-CXR itself is DICOM in the same tree
 ReportReader = Callable[[str, str], str]  # (subject_id, study_id) -> text, "" where there is none
@@ -48,7 +52,7 @@ class MimicCxrSource:
         self._root = Path(root)
         self._style = style
         self._images = _read_metadata(_require_table(self._root, "metadata"))
-        self._splits = _read_splits(_find_table(self._root, "split"), self._images)
+        self._splits = _read_splits(newest_table(self._root, TABLE + "split"), self._images)
         self._labels = _read_label_table(self._root, labels)
         self._reports = _find_reports(self._root, Path(reports) if reports else None)
         self._suffix = self._image_suffix()
@@ -88,16 +92,8 @@ def _patient_folder(files: Path, subject: str) -> Path:
     return files / f"p{subject[:2]}" / f"p{subject}"
 
 
-def _find_table(root: Path, kind: str) -> Path | None:
-    """The newest version of a table; 2.1.0 of the collection still names most of them 2.0.0."""
-    return newest_table(root, f"mimic-cxr-2.*-{kind}")
-
-
 def _require_table(root: Path, kind: str) -> Path:
-    path = _find_table(root, kind)
-    if path is None:
-        raise FileNotFoundError(f"{root}: no mimic-cxr-2.x.0-{kind}.csv or .csv.gz; expected {LAYOUT}")
-    return path
+    return require_table(root, TABLE + kind, called=f"mimic-cxr-2.x.0-{kind}.csv or .csv.gz", layout=LAYOUT)
 
 
 def _read_metadata(path: Path) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -127,9 +123,8 @@ def _read_splits(path: Path | None, images: dict[tuple[str, str], list]) -> dict
 def _read_label_table(root: Path, kind: str | None) -> dict[str, dict[str, int]]:
     if kind is not None and kind not in LABEL_TABLES:
         raise ValueError(f"labels = {kind!r}: must be one of {', '.join(LABEL_TABLES)}")
-    path = (
-        _require_table(root, kind) if kind else next(filter(None, (_find_table(root, k) for k in LABEL_TABLES)), None)
-    )
+    found = (newest_table(root, TABLE + name) for name in LABEL_TABLES)
+    path = _require_table(root, kind) if kind else next(filter(None, found), None)
     if path is None:
         return {}
     rows = read_rows(path, ("subject_id", "study_id"))

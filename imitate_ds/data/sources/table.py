@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,13 @@ VIEW_POSITIONS = {
 }  # fmt: skip
 
 
+SHOWN_COLUMNS = 40  # names of a header that a message lists
+# What a line of a file without a header holds and no header does: numbers, ids, paths, sentences
+_NOT_A_NAME = re.compile(
+    r"\d\d|^\W*\d|\.(png|jpe?g|dcm|dicom|tiff?|txt|gz)?$|\\|^.{61}|(\S+\s+){5}|^[^\w\[(#%]", re.IGNORECASE
+)
+
+
 class Row(dict[str, str]):
     """Cells by the name of their column, and the line of the file on which the row ends."""
 
@@ -41,6 +49,13 @@ class Row(dict[str, str]):
 def newest_table(root: Path, name: str) -> Path | None:
     """The last of root's files name.csv and name.csv.gz (name: a glob pattern); not name.csv.gz.part or name.csv.bak."""
     return max((path for suffix in ("csv", "csv.gz") for path in root.glob(f"{name}.{suffix}")), default=None)
+
+
+def require_table(root: Path, name: str, *, called: str, layout: str) -> Path:
+    """newest_table, or FileNotFoundError that says what it is called and what the folder should hold."""
+    if path := newest_table(root, name):
+        return path
+    raise FileNotFoundError(f"{root}: no {called}; expected {layout}")
 
 
 def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[Row]:
@@ -77,7 +92,16 @@ def _rows(path: Path, reader, required: Sequence[str]) -> Iterator[Row]:
 def require_columns(path: Path, columns: Sequence[str], required: Iterable[str]) -> None:
     missing = [name for name in required if name not in columns]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}; it has: {', '.join(columns) or 'none'}")
+        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}; {shown_columns(columns)}")
+
+
+def shown_columns(header: Sequence[str]) -> str:
+    """What a message may say of the first line of a table: without a header it holds the data of a patient."""
+    names = [name for name in header if name]
+    if len(set(names)) < len(names) or any(_NOT_A_NAME.search(name) for name in names):
+        return "its first line does not look like a header (short names, each once), and so is not shown"
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return f"it has: {', '.join(names[:SHOWN_COLUMNS]) or 'none'}{more}"
 
 
 def section_text(cell: str) -> str:
@@ -94,10 +118,10 @@ def parse_split(row: Row, column: str, path: Path) -> str:
         return SPLIT_NAMES[row[column].strip().lower()]
     except KeyError:
         rule = f"must be one of {', '.join(SPLIT_NAMES)}"
-        raise ValueError(f"{path}, line {row.line}: {column} is {_described(row[column])}: {rule}") from None
+        raise ValueError(f"{path}, line {row.line}: {column} is {described(row[column])}: {rule}") from None
 
 
-def _described(cell: str) -> str:
+def described(cell: str) -> str:
     """A cell as an error message may show it: anything but a short number may be report text or the id of a patient."""
     cell = cell.strip()
     try:
@@ -112,6 +136,16 @@ def split_by_hash(patient_id: str) -> str:
     digest = hashlib.blake2b(patient_id.encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") % 100
     return "train" if share < 90 else "val" if share < 95 else "test"
+
+
+def check_patients(patients: Iterable[str], column: str, path: Path) -> None:
+    """Raises ValueError where the patient of a row is blank."""
+    blank = sum(map(is_missing, patients))
+    if blank:
+        raise ValueError(
+            f"{path}: {column} is blank in {blank} rows; every row must name its patient, for all images of a patient go "
+            "into one split"
+        )
 
 
 def check_patient_splits(pairs: Iterable[tuple[str, str]], path: Path) -> None:
@@ -140,7 +174,7 @@ def read_labels(row: Row, columns: Iterable[str], path: Path) -> dict[str, int]:
             value = math.nan
         if value not in (1.0, 0.0, -1.0):
             rule = "a label must be 1, 0, -1 (uncertain) or blank"
-            raise ValueError(f"{path}, line {row.line}: {name} is {_described(cell)}: {rule}")
+            raise ValueError(f"{path}, line {row.line}: {name} is {described(cell)}: {rule}")
         labels[name] = int(value)
     return labels
 
@@ -174,7 +208,8 @@ class TableSource:
         self._studies: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in read_rows(self._path):
             self._studies[self._cell(row, "patient"), self._study_id(row)].append(row)
-        self._check_patients()
+        named = (patient for (patient, _), rows in self._studies.items() for _ in rows)
+        check_patients(named, self._columns["patient"], self._path)
         if "split" in self._columns:
             splits = (
                 (patient, self._split(patient, row)) for (patient, _), rows in self._studies.items() for row in rows
@@ -195,14 +230,6 @@ class TableSource:
                 impression=impression,
                 radiographs=tuple(self._radiograph(row) for row in rows),
                 labels={name: value for row in rows for name, value in self._row_labels(row).items()},
-            )
-
-    def _check_patients(self) -> None:
-        blank = sum(len(rows) for (patient, _), rows in self._studies.items() if is_missing(patient))
-        if blank:
-            raise ValueError(
-                f"{self._path}: {self._columns['patient']} is blank in {blank} rows; every row must name its patient, for "
-                "all images of a patient go into one split"
             )
 
     def _cell(self, row: Row, role: str) -> str:
@@ -259,12 +286,12 @@ def _resolve_columns(path: Path, header: list[str], columns: dict) -> tuple[dict
     found = {role: role for role in ROLES if role in header} | columns
     if "patient" not in found:
         raise ValueError(
-            f"{path}: no column for patient; it has: {', '.join(header)}. Name it with columns={{'patient': ...}}; where "
+            f"{path}: no column for patient; {shown_columns(header)}. Name it with columns={{'patient': ...}}; where "
             "every image is another patient that is the image column"
         )
     require_columns(path, header, [found.get("image", "image")])
     if not any(role in found for role in TEXT_ROLES):
-        raise ValueError(f"{path}: no column for findings, impression or report; it has: {', '.join(header)}")
+        raise ValueError(f"{path}: no column for findings, impression or report; {shown_columns(header)}")
     if isinstance(labels, str):
         return found, {name: name.removeprefix(labels) for name in header if labels and name.startswith(labels)}
     require_columns(path, header, labels)

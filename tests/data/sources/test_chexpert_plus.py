@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from imitate_ds.data.sources.chexpert_plus import CheXpertPlusSource
+from tests.data.test_radiographs import save_dicom
 
 COLUMNS = (
     *("path_to_image", "frontal_lateral", "ap_pa", "deid_patient_id", "patient_report_date_order", "report"),
@@ -61,6 +62,72 @@ def test_reads_the_layouts_people_have(tmp_path, folder, suffix, prefix):
     assert studies[0].radiographs[0].image_id == "train/patient1/study1/view1_frontal.jpg"
     assert all(ref.read().shape == (8, 8) for study in studies for ref in study.radiographs)
     assert [study.labels for study in studies] == [{}, {}, {}]
+
+
+# All columns of the table as it is served
+SERVED = (
+    *(
+        "path_to_image",
+        "path_to_dcm",
+        "frontal_lateral",
+        "ap_pa",
+        "deid_patient_id",
+        "patient_report_date_order",
+        "report",
+    ),
+    *("section_narrative", "section_clinical_history", "section_history", "section_comparison", "section_technique"),
+    *("section_procedure_comments", "section_findings", "section_impression", "section_end_of_impression"),
+    *("section_summary", "section_accession_number", "age", "sex", "race", "ethnicity", "interpreter_needed"),
+    *("insurance_type", "recent_bmi", "deceased", "split"),
+)
+
+
+def test_the_table_as_it_is_served(tmp_path):
+    """Twenty-seven columns, most cells blank, reports over many lines, a byte order mark."""
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in ROWS]
+    rows[0] |= {"report": 'NARRATIVE:\nCHEST, "2 views"\n\nIMPRESSION:\n1.Normal.', "age": "67.0"}
+    rows[2] |= {"frontal_lateral": "", "section_findings": "nan"}
+    write_tree(tmp_path)
+    write_table(tmp_path, [[row.get(name, "") for name in SERVED] for row in rows], SERVED)
+    path = tmp_path / "df_chexpert_plus_240401.csv"
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    studies = list(CheXpertPlusSource(tmp_path))
+    assert [(s.findings, s.impression) for s in studies] == [("Clear.", "1.Normal."), ("", "Worse."), ("Clear.", "")]
+    assert [image.view_position for s in studies for image in s.radiographs] == [
+        *("frontal", "lateral", "unknown", "frontal")
+    ]
+
+
+@pytest.mark.parametrize("folder", ["DICOM", "DICOM/DICOM"])
+def test_the_release_in_dicom(tmp_path, folder):
+    pytest.importorskip("pydicom")
+    write_table(tmp_path, ROWS)
+    for row in ROWS:
+        path = (tmp_path / folder / row[0]).with_suffix(".dcm")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_dicom(path, np.arange(64, dtype=np.uint8).reshape(8, 8), bits=8)
+    images = [image for study in CheXpertPlusSource(tmp_path) for image in study.radiographs]
+    assert images[0].image_id == "train/patient1/study1/view1_frontal.jpg"  # as in the other releases: keys agree
+    assert all(image.read().shape == (8, 8) for image in images)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("path_to_image", "", "line 4: path_to_image is blank: must end in train/patient1/study1/view1_frontal"),
+        ("path_to_image", "patient17.jpg", "line 4: path_to_image is a text of 13 characters: must end in"),
+        ("deid_patient_id", " ", "deid_patient_id is blank in 1 rows; every row must name its patient"),
+        ("deid_patient_id", "nan", "deid_patient_id is blank in 1 rows"),
+        ("split", "", "line 4: split is blank: must be one of train"),
+    ],
+)
+def test_cells_that_must_not_be_blank(tmp_path, column, cell, message):
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in ROWS]
+    rows[2][column] = cell
+    write_table(write_tree(tmp_path), [row.values() for row in rows])
+    with pytest.raises(ValueError, match=message) as error:
+        CheXpertPlusSource(tmp_path)
+    assert "patient17" not in str(error.value)
 
 
 def test_downloads_and_copies_beside_the_table_are_not_read(tmp_path):

@@ -93,6 +93,58 @@ def test_reports_in_the_zip(tmp_path, prefix):
     check(MimicCxrSource(tmp_path))
 
 
+# All columns of the table as it is served, and a study of the kinds of projection that are neither frontal nor lateral
+SERVED = (
+    "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime,"
+    "ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning\n"
+)
+TEST_SET = """study_id,Airspace Opacity,Atelectasis,Edema
+50414267,,1.0,0.0
+51029426,1.0,,
+"""
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_release_2_1_calls_its_tables_2_0_0_and_adds_one_of_other_columns(tmp_path, packed):
+    root = write_tree(tmp_path, version="2.0.0", packed=packed)
+    (root / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text(TEST_SET)
+    for kind in ("metadata", "split", "chexpert"):  # a table of somebody's own is not of the collection
+        (root / f"mimic-cxr-2.1.0-my-{kind}.csv").write_text("x\n")
+    for name in ("IMAGE_FILENAMES", "SHA256SUMS.txt", "LICENSE.txt", "README", "index.html"):
+        (root / name).write_text("files/p10/p10000032/s50414267/aaa-1.jpg\n")
+    write_reports(root / "files")
+    check(MimicCxrSource(root))
+    with pytest.raises(ValueError, match="labels = 'test-set-labeled': must be one of chexpert, negbio"):
+        MimicCxrSource(root, labels="test-set-labeled")
+
+
+def test_metadata_as_they_are_served(tmp_path):
+    root = write_tree(tmp_path, packed=False)
+    views = ("PA", "AP", "LATERAL", "LL", "AP LLD", "LAO", "SWIMMERS", "")
+    rows = [
+        f"d-{n},10000032,50414267,CHEST (PA AND LAT),{view},3056,2544,21800506,213014.531,CHEST (PA AND LAT),"
+        f"postero-anterior,Erect\n" for n, view in enumerate(views)
+    ]  # fmt: skip
+    (root / "mimic-cxr-2.0.0-metadata.csv").write_text(SERVED + "".join(rows))
+    write_reports(root / "files")
+    Image.fromarray(np.full((8, 8), 1, np.uint8)).save(root / "files/p10/p10000032/s50414267/d-0.jpg")
+    (study,) = MimicCxrSource(root)
+    assert [image.view_position for image in study.radiographs] == [
+        *("frontal", "frontal", "lateral", "lateral", "unknown", "unknown", "unknown", "unknown")
+    ]
+    (root / "mimic-cxr-2.0.0-metadata.csv").write_text(SERVED.replace("dicom_id", "image_id") + "".join(rows))
+    with pytest.raises(
+        ValueError, match=r"no column 'dicom_id'; it has: image_id, .*, PatientOrientationCodeSequence_CodeMe"
+    ):
+        MimicCxrSource(root)
+    (root / "mimic-cxr-2.0.0-metadata.csv").write_text("".join(rows))
+    with pytest.raises(
+        ValueError, match=r"no column 'dicom_id', 'subject_id'.*; its first line does not look like"
+    ) as error:
+        MimicCxrSource(root)
+    assert "10000032" not in str(error.value)
+
+
 def test_reports_elsewhere(tmp_path):
     root = write_tree(tmp_path / "jpg")
     check(MimicCxrSource(root, reports=write_zip(tmp_path / "texts.zip")))

@@ -107,6 +107,40 @@ def test_no_message_shows_a_cell_that_may_be_text_or_an_id(tmp_path, cell, shown
     assert cell not in f"{label_error.value}{split_error.value}"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "i/a.png,patient17,Jane Doe",
+        "1,normal,Cardiomegaly",
+        "10000032,50414267,train",
+        "Doe,The heart is large and the lungs are,train",
+        "Doe,The lungs are clear.,train",
+        "Doe,2020-01-01,F",
+        r"\\server\a,Doe,F",
+        "x" * 61,
+    ],
+)
+def test_a_first_line_that_is_no_header_is_not_shown(tmp_path, line):
+    path = write_table(tmp_path, f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match="its first line does not look like a header") as error:
+        list(read_rows(path, ("uid",)))
+    with pytest.raises(ValueError, match="its first line does not look like a header") as other:
+        TableSource(path)
+    said = str(error.value).replace(str(path), "") + str(other.value).replace(str(path), "")
+    assert not any(cell in said for cell in line.split(","))
+
+
+def test_a_first_line_that_repeats_itself_is_no_header(tmp_path):
+    with pytest.raises(ValueError, match="its first line does not look like a header"):
+        list(read_rows(write_table(tmp_path, "Doe,Doe,F\n"), ("uid",)))
+
+
+def test_a_header_is_shown_up_to_forty_names(tmp_path):
+    names = ["AP/PA", "No Finding", "OriginalImage[Width", "Height]", "#", "", *("x" * n for n in range(2, 42))]
+    with pytest.raises(ValueError, match=r"it has: AP/PA, No Finding, OriginalImage\[Width, .* and 5 more$"):
+        list(read_rows(write_table(tmp_path, ",".join(names)), ("uid",)))
+
+
 def test_which_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected one CSV or TSV file, found: none"):
         TableSource(tmp_path)
