@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import DataConfig, RunConfig
+from imitate_ds.data.batch_buffers import BatchBuffers
 from imitate_ds.data.member_table import Member
 from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at
 from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
@@ -33,13 +34,14 @@ from imitate_ds.data.shard_sample import error_rule
 from imitate_ds.data.shard_store import UnreachableError
 from imitate_ds.data.stored_images import decode_stored
 from imitate_ds.data.text_cache import load_text_cache, sidecar_file, text_info
-from imitate_ds.data.transforms import TrainViews, eval_view
+from imitate_ds.data.transforms import VIEWS, TrainViews, eval_view
 
 log = logging.getLogger(__name__)
 
 VERIFY = "check the shards with 'imitate-ds shards verify'"
 OPEN_SHARDS = 64  # tars a worker holds open; a batch of one rank lies in fewer
 SAMPLED = 16  # data.verify = sampled compares every so-manieth sample
+PREFETCHED_BY_WORKER = 2  # batches asked of a worker before the first is wanted
 PREFETCHED_BATCHES = 32  # how far ahead remote shards are fetched
 
 
@@ -64,6 +66,7 @@ class Request(NamedTuple):
 
     step: int
     rows: list[PlannedSample]
+    buffer: int | None  # where its views are to be written
 
 
 class _Texts(NamedTuple):
@@ -191,9 +194,11 @@ class _TrainSet(Dataset):
         self.max_skipped = config.data.max_skipped
         self.views = TrainViews(config.data.augment, config.data.input_size)
         self.on_device = config.data.augment_on == "device"
+        self.buffers: BatchBuffers | None = None
 
-    def __getitem__(self, request: Request) -> tuple[Batch, list[Damaged]]:
-        step, rows = request
+    def __getitem__(self, request: Request) -> tuple[Batch, list[Damaged], int | None]:
+        """A batch, what was damaged in it, and the buffer that holds its views, which then are not in the batch."""
+        step, rows, buffer = request
         read = [self._read(step, self.rank * len(rows) + place, row) for place, row in enumerate(rows)]
         samples = [sample for sample, _, _ in read]
         seeds = [_view_seed(self.seed, where.visit, sample.key) for sample, where, _ in read]
@@ -201,8 +206,11 @@ class _TrainSet(Dataset):
         _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
         images, draws = torch.stack([sample.image for sample in samples]), self.views.draw(seeds)
         if self.on_device:
-            return _collate(samples, images[:, None], step)._replace(draws=draws), damaged
-        return _collate(samples, self.views(images, draws), step), damaged
+            return _collate(samples, images[:, None], step)._replace(draws=draws), damaged, None
+        if self.buffers is None or buffer is None:
+            return _collate(samples, self.views(images, draws), step), damaged, None
+        self.views(images, draws, out=self.buffers.to_fill(buffer))
+        return _collate(samples, torch.empty(0), step), damaged, buffer
 
     def _read(self, step: int, position: int, row: PlannedSample) -> tuple[Sample, PlannedSample, list[Damaged]]:
         """A planned sample, or the first of its substitutes that is whole."""
@@ -248,25 +256,33 @@ class TrainBatches:
     skipped: how many samples were passed over for each reason, in all that was iterated so far.
     """
 
-    loader: DataLoader
-    plan: ShardPlan
-    max_skipped: int
-    steps: range
+    samples: "_TrainSet"
+    requests: "_Requests"
+    workers: int
     record: Path | None
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.requests)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, damaged = -1, []
-        for batch, found in self.loader:
-            if epoch != self.plan.epoch_of(batch.step):
-                epoch, damaged = self.plan.epoch_of(batch.step), []
+        plan, buffers = self.samples.plan, self._new_buffers()
+        self.samples.buffers = self.requests.buffers = buffers
+        for batch, found, buffer in _in_workers(self.samples, self.workers, self.requests):
+            if epoch != plan.epoch_of(batch.step):
+                epoch, damaged = plan.epoch_of(batch.step), []
             self._note(batch.step, found)
             damaged += found
-            _check_damage(damaged, self.max_skipped, epoch)
-            yield batch
+            _check_damage(damaged, self.samples.max_skipped, epoch)
+            yield batch._replace(images=_pinned(buffers.lend(buffer))) if buffers and buffer is not None else batch
+
+    def _new_buffers(self) -> BatchBuffers | None:
+        """For the batches on their way, the one in use, and the one before it."""
+        if not self.workers or self.samples.on_device:
+            return None
+        rows, size = self.requests.rows, self.samples.views.input_size
+        return BatchBuffers(PREFETCHED_BY_WORKER * self.workers + 2, (rows, VIEWS, 1, size, size))
 
     def _note(self, step: int, found: list[Damaged]) -> None:
         self.skipped.update(sample.rule for sample in found)
@@ -327,10 +343,8 @@ def build_train_loader(
     for folder in folders:
         _check_cache(folder, data, plan)
     reader = ShardReader(folders, data.train_split, impression_text=data.impression_text, verify=data.verify)
-    steps = range(start_step, stop_step)
-    requests = _Requests(plan, reader, rank, world_size, steps)
-    loader = _in_workers(_TrainSet(reader, plan, config, rank), data.workers, requests)
-    return TrainBatches(loader, plan, data.max_skipped, steps, record)
+    requests = _Requests(plan, reader, rank, world_size, range(start_step, stop_step))
+    return TrainBatches(_TrainSet(reader, plan, config, rank), requests, data.workers, record)
 
 
 def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
@@ -346,7 +360,7 @@ def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Requests:
     """What the training process asks its workers for, step after step; may be iterated again."""
 
@@ -355,23 +369,29 @@ class _Requests:
     rank: int
     world_size: int
     steps: range
+    buffers: BatchBuffers | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.plan.global_batch_size // self.world_size
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[Request]:
-        requests = (Request(step, self.plan.rank_batch(step, self.rank, self.world_size)) for step in self.steps)
-        return self._with_prefetch(requests) if self.reader.remote else requests
+        planned = ((step, self.plan.rank_batch(step, self.rank, self.world_size)) for step in self.steps)
+        for step, rows in self._prefetched(planned) if self.reader.remote else planned:
+            yield Request(step, rows, self.buffers.take() if self.buffers else None)
 
-    def _with_prefetch(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """The same requests, each a few batches after its shards were asked for."""
-        waiting: deque[Request] = deque()
+    def _prefetched(self, planned: Iterator[tuple[int, list[PlannedSample]]]) -> Iterator:
+        """The same, each a few batches after its shards were asked for."""
+        waiting: deque[tuple[int, list[PlannedSample]]] = deque()
         asked: set[int] = set()
-        for request in requests:
-            shards = {row.shard for row in request.rows}
+        for step, rows in planned:
+            shards = {row.shard for row in rows}
             self.reader.prefetch(sorted(shards - asked))
             asked = shards
-            waiting.append(request)
+            waiting.append((step, rows))
             if len(waiting) > PREFETCHED_BATCHES:
                 yield waiting.popleft()
         yield from waiting
@@ -419,6 +439,7 @@ def _in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoade
         batch_size=None,
         sampler=requests,  # in this process, and lazily: the plan is drawn here
         num_workers=workers,
+        prefetch_factor=PREFETCHED_BY_WORKER if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers else None,
@@ -437,6 +458,11 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _pinned(images: Tensor) -> Tensor:
+    """In memory that a GPU reads while the CPU goes on; the copy also gives the worker its buffer back at once."""
+    return images.pin_memory() if torch.cuda.is_available() else images
 
 
 def _view_seed(seed: int, visit: int, key: str) -> int:

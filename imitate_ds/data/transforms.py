@@ -50,12 +50,13 @@ class TrainViews:
         generator = torch.Generator()
         return torch.stack([torch.rand(VIEWS, DRAWS, generator=generator.manual_seed(seed)) for seed in seeds])
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, draws: Tensor, out: Tensor | None = None) -> Tensor:
         """images uint8 [B, 1, H, W] and draws [B, V, D] on the CPU -> uint8 [B, V, 1, h, w] on the device of images."""
         size, views = self.input_size, draws.shape[1]
         images = self._fitted(images)
         plans = self._plans(draws, *images.shape[-2:])
-        out = torch.empty(len(images), views, 1, size, size, dtype=torch.uint8, device=images.device)
+        if out is None:
+            out = torch.empty(len(images), views, 1, size, size, dtype=torch.uint8, device=images.device)
         step = max(1, CHUNK_PIXELS // (views * size**2)) if images.device.type == "cpu" else len(images)
         for start in range(0, len(images), step):
             chunk = slice(start, start + step)

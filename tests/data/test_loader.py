@@ -461,3 +461,13 @@ def test_a_process_ends_though_a_loader_still_has_workers(built):
     )
     done = subprocess.run([sys.executable, "-c", program, str(built)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_batches_that_are_kept_stay_as_they_were(built):
+    """Their buffers are not written again; those that are let go are."""
+    config = _config(built, workers=2)
+    batches = build_train_loader(config, rank=0, world_size=1, stop_step=24)
+    kept = [(batch.step, batch.images[2:3]) for batch in batches if batch.step % 3 == 0]
+    whole = {batch.step: batch for batch in _train(_config(built), 24)}
+    assert len(kept) == 8
+    assert all(torch.equal(rows, whole[step].images[2:3]) for step, rows in kept)
