@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 from imitate_ds.batch import Batch
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.batch_buffers import BatchBuffers
-from imitate_ds.data.member_table import Member
 from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at
 from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
 from imitate_ds.data.shard_sample import error_rule
@@ -117,23 +116,23 @@ class ShardReader:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return PlannedSample(shard, sample - int(self._starts[shard]), 0)
 
-    def member(self, where: PlannedSample) -> Member:
-        return self._shards[where.shard][1].members[where.row]
+    def key(self, where: PlannedSample) -> str:
+        return self._shards[where.shard][1].members.image(where.row)[0]
 
     def read(self, where: PlannedSample, *, at_least: int = 0) -> Sample:
         """One sample; at_least: a smaller decode will do, down to this side. ValueError or OSError where it is damaged."""
-        member, opened = self.member(where), self._shard(where.shard)
-        crc = member.image_crc if self._verifies(where) else None
-        data = read_at(opened.file, self._shards[where.shard][1].name, member.image_offset, member.image_size, crc)
+        shard, row = self._shards[where.shard][1], where.row
+        opened = self._shard(where.shard)
+        key, offset, size, crc = shard.members.image(row)
+        data = read_at(opened.file, shard, offset, size, crc if self._verifies(where) else None)
         image = decode_stored(data, at_least=at_least)
         if opened.texts is None:
             nothing = torch.empty(0)
-            return Sample(member.key, image, nothing, nothing, False, False)
-        if not opened.texts.finite[where.row]:
+            return Sample(key, image, nothing, nothing, False, False)
+        if not opened.texts.finite[row]:
             raise ValueError("text embedding is not finite: run 'imitate-ds shards embed'")
         findings, impression, has_findings, has_impression, _ = opened.texts
-        row = where.row
-        return Sample(member.key, image, findings[row], impression[row], has_findings[row], has_impression[row])
+        return Sample(key, image, findings[row], impression[row], has_findings[row], has_impression[row])
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Have the files of remote shards fetched in the background."""
@@ -221,7 +220,7 @@ class _TrainSet(Dataset):
             except (UnreachableError, PermissionError):
                 raise  # the network's damage, not the sample's: to skip it would change what is trained on
             except (ValueError, OSError) as error:
-                damaged.append(Damaged(self.reader.member(where).key, error_rule(error)))
+                damaged.append(Damaged(self.reader.key(where), error_rule(error)))
                 _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
         raise AssertionError("substitutes never end")
 
@@ -246,7 +245,7 @@ class _EvalSet(Dataset):
         try:
             return self.reader.read(where)
         except (ValueError, OSError) as error:
-            raise ValueError(f"sample {self.reader.member(where).key}: {error_rule(error)}; {VERIFY}") from error
+            raise ValueError(f"sample {self.reader.key(where)}: {error_rule(error)}; {VERIFY}") from error
 
 
 @dataclass(frozen=True)

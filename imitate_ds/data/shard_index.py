@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 from zlib import crc32
 
 from imitate_ds.data.member_table import MEMBERS, Member, MemberTable, map_table
@@ -133,7 +134,7 @@ def build_id(shards: tuple[ShardEntry, ...]) -> str:
 def read_meta(root: Path, shard: ShardEntry, member: Member) -> dict:
     """The JSON values of one sample. Raises ValueError where the tar ends before them."""
     with (root / shard.name).open("rb") as file:
-        return json.loads(read_at(file, shard.name, member.meta_offset, member.meta_size))
+        return json.loads(read_at(file, shard, member.meta_offset, member.meta_size))
 
 
 def read_samples(index: ShardIndex, split: str) -> Iterator[tuple[Member, bytes, dict]]:
@@ -146,18 +147,17 @@ def read_shard(root: Path, shard: ShardEntry) -> Iterator[tuple[Member, bytes, d
     """Every sample of one shard, in order."""
     with (root / shard.name).open("rb") as file:
         for member in shard.members:
-            image = read_at(file, shard.name, member.image_offset, member.image_size)
-            yield member, image, json.loads(read_at(file, shard.name, member.meta_offset, member.meta_size))
+            image = read_at(file, shard, member.image_offset, member.image_size)
+            yield member, image, json.loads(read_at(file, shard, member.meta_offset, member.meta_size))
 
 
-def read_at(file, name: str, offset: int, size: int, crc: int | None = None) -> bytes:
+def read_at(file: BinaryIO, shard: ShardEntry, offset: int, size: int, crc: int | None = None) -> bytes:
     """A member's bytes from an open tar, compared with their checksum where it is given. Raises ValueError."""
     if size > MAX_MEMBER_BYTES:
         raise ValueError(f"member too large: {size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
-    file.seek(offset)
-    data = file.read(size)
+    data = os.pread(file.fileno(), size, offset) if offset < shard.bytes else b""
     if len(data) != size:
-        raise ValueError(f"shard ends too early: {name} before byte {offset + size}; see 'imitate-ds shards verify'")
+        raise ValueError(f"shard ends too early: {shard.name} before byte {offset + size}; see 'imitate-ds shards verify'")
     if crc is not None and crc32(data) != crc:
         raise ValueError("checksum differs from the index")
     return data
