@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**moved)
+        return self._replace(**{**moved, "draws": self.draws})  # what they say of the views is worked out on the CPU
 
     def split(self, studies: int) -> list["Batch"]:
         """Consecutive parts of so many studies (the last may be shorter), all of the same step."""

@@ -64,6 +64,16 @@ class ShardsConfig(Section):
     shards: str = Field(min_length=1)  # a folder, or an http(s)://, s3://, ... location of one
     weight: float = Field(default=1.0, gt=0, le=1000)  # passes over its training split in an epoch
 
+    @field_validator("shards")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        """The run file is copied into the run's folder, TensorBoard and messages."""
+        if "://" in value and re.search(r"[@?#]", value.partition("://")[2]):
+            raise ValueError(
+                "must be a URL without user, password, token or query; they go into ~/.netrc, or the environment of the AWS tools"
+            )
+        return value
+
 
 class DataConfig(Section):
     # Made by `imitate-ds shards build`, with embeddings from `imitate-ds shards embed`. One location, or a mixture:
@@ -378,11 +388,22 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key} is not a setting{hint}; {'.'.join(path[:-1]) or 'a run file'} has: {', '.join(known)}"
+    shown = _shown(error["input"])
     if error["type"] == "model_type" and key:
-        return f"{key} = {error['input']!r}: must be a section of {', '.join(_section_at(path).model_fields)}"
+        return f"{key} = {shown}: must be a section of {', '.join(_section_at(path).model_fields)}"
+    if error["type"] == "missing" and any(part.isdigit() for part in path):
+        return f"{key}: must be given; add it to the run file"
     if error["type"] == "missing":
         return f"{key}: must be given; add it to the run file or pass --set {key}=..."
     rule = (
         error["msg"].removeprefix("Value error, ").replace("Input should be", "must be").replace("valid tuple", "list")
     )
-    return f"{key} = {error['input']!r}: {rule}" if key else rule
+    return f"{key} = {shown}: {rule}" if key else rule
+
+
+def _shown(value: Any) -> str:
+    """A value as a message may show it: what a URL holds besides its place may be a secret."""
+    text = repr(value)
+    return (
+        re.sub(r"(://)[^'\"\s]*@|[?#][^'\"\s]*", lambda found: f"{found[1] or ''}***", text) if "://" in text else text
+    )

@@ -164,8 +164,9 @@ def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Ta
 
 
 def _refuse_training_split(model: PretrainedImitate, index: ShardIndex, split: str) -> None:
-    """Older exports do not say what they were trained on, and pass."""
-    if (model.settings.get("build_id"), model.settings.get("train_split")) == (index.build_id, split):
+    """Older exports do not say what they were trained on, and pass. One trained on several folders names them all."""
+    trained_on = (model.settings.get("build_id") or "").split()
+    if index.build_id in trained_on and model.settings.get("train_split") == split:
         raise ValueError(
             f"split = {split!r}: {model.folder} was trained on it; name another split, or ask for --protocol reference"
         )

@@ -125,7 +125,9 @@ def pretrain(config: RunConfig) -> dict[str, float]:
         views = TrainViews(config.data.augment, config.data.input_size)
         train_steps(engine, batches, partial(_step, engine, config, views), rate, monitor, settings, pause)
         if not metrics and start_step and _validates_at(horizon.total_steps, config, horizon):
-            metrics.update(validate(engine, config, inputs.folders))  # the run had ended; say again how it stands
+            metrics.update(
+                validate(engine, config, inputs.folders, inputs.text_encoder)
+            )  # the run had ended; say again how it stands
         export(engine, config, inputs)
         monitor.hyperparameters(_flat(config.model_dump(mode="json")), metrics)
         monitor.say(f"export: {config.run_dir / 'export'}")
@@ -289,7 +291,7 @@ def _pause(
     """Validate and save, where `done` steps are the time for it."""
     average_batch_norm_statistics(engine.module)
     if _validates_at(done, config, inputs.horizon):
-        metrics.update(validate(engine, config, inputs.folders))
+        metrics.update(validate(engine, config, inputs.folders, inputs.text_encoder))
         monitor.scalars(done, metrics, split="val")
         monitor.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("R@5")))
         set_training_mode(engine.module, inputs.batch_norm)

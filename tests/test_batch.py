@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from imitate_ds.batch import Batch, Features
+from imitate_ds.config import AugmentConfig
+from imitate_ds.data.transforms import TrainViews
 
 STUDIES = 5
 
@@ -45,3 +47,18 @@ def test_every_part_has_its_share_in_the_temperature():
     assert whole.temperature.shape == (1,)
     whole.temperature.backward()
     assert [temperature.grad.item() for temperature in temperatures] == [0.25] * 4
+
+
+def test_draws_stay_where_views_are_planned():
+    """`meta` stands for a GPU: what the views are computed from stays on the CPU, or the first step fails there."""
+    config = AugmentConfig()
+    views = TrainViews(config, 8)
+    nothing = torch.zeros(2, 3)
+    has = torch.ones(2, dtype=torch.bool)
+    images = torch.zeros(2, 1, 1, 12, 12, dtype=torch.uint8)
+    batch = Batch(["a", "b"], images, nothing, nothing, has, has, 0, draws=views.draw([1, 2]))
+    moved = batch.to(torch.device("meta"))
+    assert moved.images.device.type == "meta"
+    assert moved.draws is not None
+    assert views(moved.images[:, 0], moved.draws).shape == (2, 2, 1, 8, 8)
+    assert [len(part.draws) for part in batch.split(1)] == [1, 1]

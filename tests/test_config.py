@@ -142,6 +142,9 @@ def test_shards_are_one_location_or_a_mixture():
         (3, r"data\.shards = 3: must be a list"),
         ([{"shards": "a", "wieght": 2.0}], r"data\.shards\.0\.wieght is not a setting \(did you mean weight\?\)"),
         ([{"shards": "a"}, {"shards": "b", "weight": 0.0}], r"data\.shards\.1\.weight = 0\.0: must be greater than 0"),
+        ("http://alice:s3cret@h/x", r"data\.shards\.0\.shards = 'http://\*\*\*h/x': must be a URL without user"),
+        ("https://h/x?token=s3cret", r"data\.shards\.0\.shards = 'https://h/x\*\*\*': must be a URL without user"),
+        ([{"weight": 1.0}], r"data\.shards\.0\.shards: must be given; add it to the run file$"),
         (["a"], r"data\.shards\.0 = 'a': must be a section of shards, weight"),
     ],
 )

@@ -6,6 +6,7 @@ Members are read by their offset in the tar, so a run starts anywhere without re
 """
 
 import atexit
+import copy
 import hashlib
 import json
 import logging
@@ -14,7 +15,8 @@ import os
 import signal
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from imitate_ds.batch import Batch
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.batch_buffers import BatchBuffers
-from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at
+from imitate_ds.data.shard_index import ShardEntry, ShardIndex, open_index, read_at, write_atomic
 from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
 from imitate_ds.data.shard_sample import error_rule
 from imitate_ds.data.shard_store import UnreachableError
@@ -41,7 +43,6 @@ VERIFY = "check the shards with 'imitate-ds shards verify'"
 OPEN_SHARDS = 64  # tars a worker holds open; a batch of one rank lies in fewer
 SAMPLED = 16  # data.verify = sampled compares every so-manieth sample
 PREFETCHED_BY_WORKER = 2  # batches asked of a worker before the first is wanted
-PREFETCHED_BATCHES = 32  # how far ahead remote shards are fetched
 
 
 class Sample(NamedTuple):
@@ -86,8 +87,8 @@ class _OpenShard(NamedTuple):
 class ShardReader:
     """Reads samples of one split in any order; holds the last few tars open and their embeddings mapped.
 
-    Shards are counted over all folders. verify: which radiographs are compared with their checksum, and whether
-    embeddings are when their file is opened (data.verify).
+    Shards are counted over all folders. text_encoder: the fingerprint that embeddings must have, where it is known. verify:
+    which radiographs are compared with their checksum, and whether embeddings are when their file is opened (data.verify).
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class ShardReader:
         *,
         impression_text: str = "impression",
         with_text: bool = True,
+        text_encoder: str = "",
         verify: str = "full",
+        may_lack_text: bool = False,
     ):
         self.impression_text = impression_text
         self.with_text = with_text
@@ -107,8 +110,11 @@ class ShardReader:
         self.samples = int(self._starts[-1])
         self.remote = any(folder.store for folder in folders)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._text_info = {folder.root: text_info(folder) for folder in folders} if with_text else {}
+        self._failed: dict[int, Exception] = {}  # remote shards: asking again takes a minute, for every sample
+        self._text_info = {folder.root: text_info(folder, fresh=False) for folder in folders} if with_text else {}
         if with_text:
+            self._check_encoder(text_encoder)
+        if with_text and not may_lack_text:
             self._check_embeddings()
 
     def row_of(self, sample: int) -> PlannedSample:
@@ -121,11 +127,11 @@ class ShardReader:
 
     def read(self, where: PlannedSample, *, at_least: int = 0) -> Sample:
         """One sample; at_least: a smaller decode will do, down to this side. ValueError or OSError where it is damaged."""
-        shard, row = self._shards[where.shard][1], where.row
+        (folder, shard), row = self._shards[where.shard], where.row
         opened = self._shard(where.shard)
         key, offset, size, crc = shard.members.image(row)
         data = read_at(opened.file, shard, offset, size, crc if self._verifies(where) else None)
-        image = decode_stored(data, at_least=at_least)
+        image = decode_stored(data, at_least=at_least, side=folder.image_size)
         if opened.texts is None:
             nothing = torch.empty(0)
             return Sample(key, image, nothing, nothing, False, False)
@@ -143,14 +149,21 @@ class ShardReader:
     def _verifies(self, where: PlannedSample) -> bool:
         return self.verify == "full" or (self.verify == "sampled" and (where.row + where.visit) % SAMPLED == 0)
 
-    def _check_embeddings(self) -> None:
-        """Embeddings of another build, or of several encoders, fail here and now; so does one that is missing."""
+    def _check_encoder(self, expected: str) -> None:
         encoders = {info["encoder"]: root for root, info in self._text_info.items()}
         if len(encoders) > 1:
             raise ValueError(
                 f"data.shards: {', '.join(map(str, encoders.values()))} are embedded by different text encoders; embed "
                 "the others with the first one: 'imitate-ds shards embed DIR --text-encoder FIRST/text_encoder'"
             )
+        if expected and expected not in encoders:
+            raise ValueError(
+                f"data.shards: embedded anew during the run (encoder {', '.join(encoders)}; it began with {expected}); embed "
+                "with the first one again, and go on with --set train.resume=true"
+            )
+
+    def _check_embeddings(self) -> None:
+        """Embeddings of another build, and those that are missing, fail here and now."""
         for folder, shard in self._shards:
             if folder.store is None:
                 load_text_cache(folder.root, shard, self._text_info[folder.root])  # maps the file only
@@ -167,17 +180,26 @@ class ShardReader:
         return _Texts(text.findings, impression, text.has_findings.tolist(), has_impression.tolist(), finite.tolist())
 
     def _shard(self, number: int) -> _OpenShard:
+        if number in self._failed:
+            raise self._failed[number]
         if number not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
-            self._open[number] = self._open_shard(*self._shards[number])
+            folder, shard = self._shards[number]
+            try:
+                self._open[number] = self._open_shard(folder, shard)
+            except (ValueError, OSError) as error:
+                if folder.store and not isinstance(error, (UnreachableError, PermissionError)):
+                    self._failed[number] = error
+                raise
         self._open.move_to_end(number)
         return self._open[number]
 
     def _open_shard(self, folder: ShardIndex, shard: ShardEntry) -> _OpenShard:
         texts = self._texts(folder, shard) if self.with_text else None
         file = folder.fetch(shard.file).open("rb")
-        # Members are read in an order that no read-ahead can guess, and all of them within a window.
+        # Members are read in an order that no read-ahead can guess, and all of them within a window: have them brought, as
+        # far as the device's own limit of reading ahead goes.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return _OpenShard(file, texts)
 
@@ -244,6 +266,8 @@ class _EvalSet(Dataset):
     def _read(self, where: PlannedSample) -> Sample:
         try:
             return self.reader.read(where)
+        except (UnreachableError, PermissionError):
+            raise
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {self.reader.key(where)}: {error_rule(error)}; {VERIFY}") from error
 
@@ -265,15 +289,17 @@ class TrainBatches:
         return len(self.requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, damaged = -1, []
-        plan, buffers = self.samples.plan, self._new_buffers()
-        self.samples.buffers = self.requests.buffers = buffers
-        for batch, found, buffer in _in_workers(self.samples, self.workers, self.requests):
+        samples, buffers = copy.copy(self.samples), self._new_buffers()
+        samples.buffers = buffers
+        plan, requests = samples.plan, replace(self.requests, buffers=buffers)
+        epoch = plan.epoch_of(self.requests.steps.start)
+        damaged = self._noted_before(epoch)
+        for batch, found, buffer in _in_workers(samples, self.workers, requests):
             if epoch != plan.epoch_of(batch.step):
                 epoch, damaged = plan.epoch_of(batch.step), []
             self._note(batch.step, found)
             damaged += found
-            _check_damage(damaged, self.samples.max_skipped, epoch)
+            _check_damage(damaged, samples.max_skipped, epoch)
             yield batch._replace(images=_pinned(buffers.lend(buffer))) if buffers and buffer is not None else batch
 
     def _new_buffers(self) -> BatchBuffers | None:
@@ -282,6 +308,21 @@ class TrainBatches:
             return None
         rows, size = self.requests.rows, self.samples.views.input_size
         return BatchBuffers(PREFETCHED_BY_WORKER * self.workers + 2, (rows, VIEWS, 1, size, size))
+
+    def _noted_before(self, epoch: int) -> list[Damaged]:
+        """What this rank skipped in the epoch before a resume; lines of steps that are now done again are dropped."""
+        if not self.record or not self.record.is_file():
+            return []
+        lines = [
+            json.loads(line)
+            for line in self.record.read_text(encoding="utf-8").splitlines(keepends=True)
+            if line[-1] == "\n"
+        ]
+        kept = [line for line in lines if line["step"] < self.requests.steps.start]
+        write_atomic(self.record, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return [
+            Damaged(line["key"], line["rule"]) for line in kept if self.samples.plan.epoch_of(line["step"]) == epoch
+        ]
 
     def _note(self, step: int, found: list[Damaged]) -> None:
         self.skipped.update(sample.rule for sample in found)
@@ -293,15 +334,15 @@ class TrainBatches:
                 file.writelines(lines)
 
 
-def open_train_folders(data: DataConfig) -> list[ShardIndex]:
+def open_train_folders(data: DataConfig, *, check_files: bool = True) -> list[ShardIndex]:
     """The indexes of all folders a run reads, local or remote.
 
-    With data.max_skipped > 0 missing and shortened tars are no reason to stop here: their samples are skipped and counted.
+    With data.max_skipped > 0 missing and cut tars of the training split are no reason to stop here: their samples are
+    skipped and counted. check_files=False asks for no tar at all.
     """
-    cache, room = Path(data.cache_dir).expanduser() if data.cache_dir else None, int(data.cache_gib * 2**30)
-    folders = [
-        open_index(part.shards, cache=cache, max_bytes=room, check_files=not data.max_skipped) for part in data.shards
-    ]
+    folder, room = Path(data.cache_dir).expanduser() if data.cache_dir else None, int(data.cache_gib * 2**30)
+    unchecked = None if not check_files else (data.train_split,) if data.max_skipped else ()
+    folders = [open_index(part.shards, cache=folder, max_bytes=room, unchecked=unchecked) for part in data.shards]
     sizes = {folder.image_size for folder in folders}
     if len(sizes) > 1:
         raise ValueError(f"data.shards: images of {sorted(sizes)} pixels; build all folders with one --image-size")
@@ -341,7 +382,13 @@ def build_train_loader(
     plan = build_train_plan(data, folders, seed=config.seed, global_batch_size=global_batch_size)
     for folder in folders:
         _check_cache(folder, data, plan)
-    reader = ShardReader(folders, data.train_split, impression_text=data.impression_text, verify=data.verify)
+    reader = ShardReader(
+        folders,
+        data.train_split,
+        impression_text=data.impression_text,
+        verify=data.verify,
+        may_lack_text=data.max_skipped > 0,
+    )
     requests = _Requests(plan, reader, rank, world_size, range(start_step, stop_step))
     return TrainBatches(_TrainSet(reader, plan, config, rank), requests, data.workers, record)
 
@@ -351,7 +398,9 @@ def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
     shards = folder.of_split(data.train_split)
     whole = sum(shard.bytes for shard in shards)
     window = whole * min(1.0, plan.window_samples / max(1, sum(shard.samples for shard in shards)))
-    needed = min(whole, 2 * window) / 2**30
+    needed = (
+        min(whole, 3 * window) / 2**30
+    )  # the one that is read, the one that is fetched, and what lies across their ends
     if folder.store and data.cache_gib < needed:
         raise ValueError(
             f"data.cache_gib = {data.cache_gib}: {folder.store.location} needs {needed:.2g} GiB, for the shards that are read "
@@ -359,7 +408,7 @@ def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Requests:
     """What the training process asks its workers for, step after step; may be iterated again."""
 
@@ -391,7 +440,7 @@ class _Requests:
             self.reader.prefetch(sorted(shards - asked))
             asked = shards
             waiting.append((step, rows))
-            if len(waiting) > PREFETCHED_BATCHES:
+            if len(waiting) > self.plan.window_samples // self.plan.global_batch_size:
                 yield waiting.popleft()
         yield from waiting
 
@@ -407,6 +456,7 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     with_text: bool = True,
+    text_encoder: str = "",
 ) -> DataLoader:
     """Every sample of a split once, in index order, one view each; rank r has the r-th contiguous part.
 
@@ -416,7 +466,9 @@ def build_eval_loader(
     is not a figure of the split.
     """
     folders = [folders] if isinstance(folders, ShardIndex) else folders
-    reader = ShardReader(folders, split, impression_text=impression_text, with_text=with_text)
+    reader = ShardReader(
+        folders, split, impression_text=impression_text, with_text=with_text, text_encoder=text_encoder
+    )
     share = -(-reader.samples // world_size)
     mine = [min(rank * share + i, reader.samples - 1) for i in range(share)]
     batches = _EvalSet(reader, mine, batch_size, input_size)
@@ -432,7 +484,7 @@ def _in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoade
     one thread; 160 forks beside busy all-reduces were tried.
     """
     if workers:
-        atexit.register(_end_workers)
+        _register_end()
     return DataLoader(
         batches,
         batch_size=None,
@@ -445,8 +497,14 @@ def _in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoade
     )
 
 
+@cache
+def _register_end() -> None:
+    atexit.register(_end_workers)
+
+
 def _end_workers() -> None:
     """At exit multiprocessing sends SIGTERM to its daemons and waits; workers whose loader lives on do not hear it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

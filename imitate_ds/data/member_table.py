@@ -84,6 +84,8 @@ def map_table(path: Path, rows: int) -> MemberTable:
         columns = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         raise ValueError("not a table of members") from None
+    if not isinstance(columns, np.ndarray):
+        raise ValueError("not a table of members")
     if columns.dtype != np.uint64 or columns.shape != (len(Member._fields), rows):
         raise ValueError(f"{columns.dtype} {list(columns.shape)}, not uint64 [{len(Member._fields)}, {rows}]")
     return MemberTable(columns)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -92,32 +92,34 @@ def group_hash(source: str, identifier: str) -> str:
     return _hash(source, identifier, size=6)
 
 
-def load_index(root: Path, *, check_files: bool = True) -> ShardIndex:
-    """Read the index of a shard folder and check that its tars are there, at their full size (unless check_files=False).
+def load_index(root: Path, *, unchecked: Collection[str] | None = ()) -> ShardIndex:
+    """Read the index of a shard folder and check that its tars are there, at their full size.
+
+    unchecked: splits whose tars may be missing or cut; None: all.
 
     Raises FileNotFoundError where there is no folder or no index, ValueError where the build or the copy is unfinished.
     """
     values = _read_values(root)
     index = _index(root, values, _members(root, values))
-    if check_files:
-        _check_files(index)
+    if unchecked is not None:
+        _check_files(index, unchecked)
     return index
 
 
 def open_index(
-    location: str, *, cache: Path | None = None, max_bytes: int = 100 * 2**30, check_files: bool = True
+    location: str, *, cache: Path | None = None, max_bytes: int = 100 * 2**30, unchecked: Collection[str] | None = ()
 ) -> ShardIndex:
     """The index of a shard folder at a path, or at a URL, whose files are then fetched into a cache as they are needed.
 
     Raises what load_index raises, and OSError where the server cannot be reached.
     """
     if not is_remote(location):
-        return load_index(Path(location), check_files=check_files)
+        return load_index(Path(location), unchecked=unchecked)
     store = open_store(location, cache=cache, max_bytes=max_bytes)
     store.fetch(File(INDEX), fresh=True)
     members = _read_values(store.root)["members"]
     store.fetch(File(MEMBERS, members.get("bytes"), members.get("sha256")))
-    return replace(load_index(store.root, check_files=False), store=store)
+    return replace(load_index(store.root, unchecked=None), store=store)
 
 
 def load_report(root: Path) -> dict:
@@ -157,7 +159,9 @@ def read_at(file: BinaryIO, shard: ShardEntry, offset: int, size: int, crc: int 
         raise ValueError(f"member too large: {size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
     data = os.pread(file.fileno(), size, offset) if offset < shard.bytes else b""
     if len(data) != size:
-        raise ValueError(f"shard ends too early: {shard.name} before byte {offset + size}; see 'imitate-ds shards verify'")
+        raise ValueError(
+            f"shard ends too early: {shard.name} before byte {offset + size}; see 'imitate-ds shards verify'"
+        )
     if crc is not None and crc32(data) != crc:
         raise ValueError("checksum differs from the index")
     return data
@@ -188,7 +192,7 @@ def _read_values(root: Path) -> dict:
         raise FileNotFoundError(_why_no_index(root))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: not valid JSON; build again with 'imitate-ds shards build'") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}; build again with 'imitate-ds shards build'")
@@ -206,12 +210,16 @@ def _check_values(values: dict) -> None:
             raise ValueError(
                 f"{INDEX}: a shard is called {shard['name']!r}; a name is letters, digits, '.', '_' and '-', and ends in .tar"
             )
-        wrong = [name for name in ("samples", "bytes") if type(shard[name]) is not int or shard[name] < 0]
+        wrong = [name for name in ("samples", "bytes") if type(shard[name]) is not int or not 0 <= shard[name] < 2**62]
         if wrong or not isinstance(shard["split"], str) or not isinstance(shard["sha256"], str):
             raise TypeError("samples and bytes are whole numbers, split and sha256 texts")
+    if len({shard["name"] for shard in values["shards"]}) < len(values["shards"]):
+        raise ValueError(f"{INDEX}: names a shard twice; build again with 'imitate-ds shards build'")
     header = {"source": str, "synthetic": bool, "image_size": int, "build_id": str, "labels": list, "members": dict}
     if not all(isinstance(values[name], kind) for name, kind in header.items()):
         raise TypeError("the header is not what it should be")
+    if not all(isinstance(label, str) for label in values["labels"]):
+        raise TypeError("labels are texts")
 
 
 def _members(root: Path, values: dict) -> MemberTable:
@@ -254,8 +262,8 @@ def _why_no_index(root: Path) -> str:
     return f"{root}: no {INDEX}; build one with 'imitate-ds shards build'"
 
 
-def _check_files(index: ShardIndex) -> None:
-    for shard in index.shards:
+def _check_files(index: ShardIndex, unchecked: Collection[str]) -> None:
+    for shard in (shard for shard in index.shards if shard.split not in unchecked):
         path = index.root / shard.name
         if not path.is_file():
             raise FileNotFoundError(

@@ -22,7 +22,7 @@ def order_lines(
     With a world_size one line a step and rank, `STEP rank R worker W KEY ...`, keys in the order of the batch; W is for a
     run that began, or was resumed, at start_step. Raises ValueError where the shards or their split do not suit.
     """
-    folders = open_train_folders(data)
+    folders = open_train_folders(data, check_files=False)  # a damaged folder is when this is asked
     shards = [shard for folder in folders for shard in folder.of_split(data.train_split)]
     plan = build_train_plan(data, folders, seed=seed, global_batch_size=global_batch_size)
 

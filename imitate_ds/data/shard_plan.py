@@ -9,7 +9,8 @@ takes a contiguous slice: its share of a window is a few whole shards, whatever 
 the data is one global step.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ PLAN = 2  # version of the order: a run goes on only in the order that it began 
 WINDOW_SAMPLES = 4096  # samples that are mixed with each other, at least; eight shards of the usual size
 WINDOW_BATCHES = 8  # and at least so many global batches
 SUBSTITUTES = 16  # batches that are searched for substitutes
+DEALING, PASSES = 1, 2  # streams of random words
 
 
 class PlannedSample(NamedTuple):
@@ -60,8 +62,8 @@ class ShardPlan:
             raise ValueError(
                 f"data.shards: {self.samples} training samples of {self._groups.max(initial=-1) + 1} studies in "
                 f"{len(self._shard_starts) - 1} shards, fewer than one global batch of {global_batch_size} "
-                "(train.micro_batch_size x ranks); lower train.micro_batch_size, use fewer ranks, or build more shards with "
-                "'imitate-ds shards build'"
+                "(train.micro_batch_size x ranks) may need, for none meets itself (data.apart); lower train.micro_batch_size, "
+                "use fewer ranks, raise a weight, or build more shards with 'imitate-ds shards build'"
             )
         self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
         self._substitutes: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -87,16 +89,15 @@ class ShardPlan:
         """Who steps in for the damaged sample at a position of a step's global batch, at the 1st, 2nd, ... attempt.
 
         A sample of about half an epoch away, whose group is not in the batch: the same for any number of ranks, and
-        another one for every position. Raises RuntimeError where the batch holds every group that there is.
+        another one for every position and attempt. Raises RuntimeError where there is none left.
         """
-        pool = self._substitutes_of(step)
-        if not len(pool):
+        own = self._substitutes_of(step)[position :: self.global_batch_size]  # of this position alone
+        if attempt > len(own):
             raise RuntimeError(
-                f"step {step}: the batch holds every study there is, so none can step in for a damaged one"
+                f"step {step}: {len(own)} samples could step in for the damaged one at position {position} of the batch, and all "
+                "are damaged too; check the shards with 'imitate-ds shards verify'"
             )
-        stride = self.global_batch_size if len(pool) > self.global_batch_size else 1
-        place = (position + (attempt - 1) * stride) % len(pool)
-        return self._planned(pool[place : place + 1])[0]
+        return self._planned(own[attempt - 1 : attempt])[0]
 
     def _batch(self, step: int) -> np.ndarray:
         return self._epoch_order(self.epoch_of(step))[step % self.steps_per_epoch]
@@ -109,10 +110,12 @@ class ShardPlan:
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         visits = self._visits_of(epoch)
-        bits = np.random.PCG64([self.seed, epoch])
-        order = self._deal_windows(visits, bits, max(1, len(visits) // self.window_samples))
-        if len(order) < self.steps_per_epoch:  # some group has more samples in a window than that has batches
-            order = self._deal_windows(visits, bits, 1)
+        bits = np.random.PCG64([self.seed, DEALING, epoch])
+        windows = max(1, len(visits) // self.window_samples)
+        order = self._deal_windows(visits, bits, windows)
+        while len(order) < self.steps_per_epoch:  # some group has more samples in a window than that has batches
+            windows //= 2
+            order = self._deal_windows(visits, bits, windows)
         return order[: self.steps_per_epoch]
 
     def _visits_of(self, epoch: int) -> np.ndarray:
@@ -142,11 +145,16 @@ class ShardPlan:
     def _most_batches(self) -> int:
         """The largest number of batches that every epoch can fill without a group twice in one of them."""
         repeats = np.concatenate([np.full(part.samples, part.most_visits) for part in self._passes])
-        counts = np.bincount(self._groups, weights=repeats).astype(np.int64)
-        batches = self.samples // self.global_batch_size
-        while batches and self.samples - np.maximum(counts - batches, 0).sum() < batches * self.global_batch_size:
-            batches -= 1
-        return batches
+        counts = np.sort(np.bincount(self._groups, weights=repeats).astype(np.int64))[::-1]
+        # No epoch visits more than self.samples: at worst the largest groups, as often as they can come.
+        shares = np.clip((self.samples - (np.cumsum(counts) - counts)) / np.maximum(counts, 1), 0, 1)
+        return _most(
+            self.samples // self.global_batch_size,
+            lambda batches: (
+                self.samples - np.ceil((shares * np.maximum(counts - batches, 0)).sum())
+                >= batches * self.global_batch_size
+            ),
+        )
 
     def _substitutes_of(self, step: int) -> np.ndarray:
         if step != self._substitutes[0]:
@@ -179,7 +187,13 @@ class _Passes:
             )
         self.per_epoch = round(folder.weight * self.samples)
         whole, part = divmod(self.per_epoch, max(1, self.samples))
-        self.most_visits = whole + 2 if part else whole  # of one sample: an epoch may begin and end in mid-pass
+        # of one sample: an epoch may begin and end in mid-pass, but for weights such as 0.5
+        self.most_visits = whole + (2 if part and self.samples % part else bool(part))
+        if self.samples and not self.per_epoch:
+            raise ValueError(
+                f"data.shards: weight {folder.weight} of {self.samples} samples is less than one an epoch; give at least "
+                f"{1 / self.samples:.1g}, or leave the folder out"
+            )
         self.seed, self.number = seed, number
 
     def visits(self, epoch: int, first_sample: int, all_samples: int) -> np.ndarray:
@@ -196,7 +210,7 @@ class _Passes:
     def _one_pass(self, number: int) -> np.ndarray:
         # Sorting the raw words of PCG64, which NumPy promises to keep, unlike the streams of Generator.permutation:
         # a run resumed under another NumPy must not see another order.
-        words = np.random.PCG64([self.seed, self.number, number]).random_raw(len(self.sizes))
+        words = np.random.PCG64([self.seed, PASSES, self.number, number]).random_raw(len(self.sizes))
         order = np.argsort(words, kind="stable")
         starts = (np.cumsum(self.sizes) - self.sizes)[order]
         sizes = self.sizes[order]
@@ -217,10 +231,16 @@ def _deal(pool: np.ndarray, groups: np.ndarray, batch: int, bits: np.random.PCG6
     cards = shuffled[beside]
     numbers = np.arange(len(cards))
     place = numbers - np.maximum.accumulate(np.where(np.diff(inverse[beside], prepend=-1), numbers, 0))  # in its group
-    batches = len(pool) // batch
-    while batches and np.minimum(counts, batches).sum() < batches * batch:
-        batches -= 1
+    batches = _most(len(pool) // batch, lambda batches: np.minimum(counts, batches).sum() >= batches * batch)
     dealt = cards[place < batches][: batches * batch]
     left = np.ones(len(pool), dtype=bool)
     left[dealt] = False
+    left[
+        cards[place >= max(1, 2 * batches)]
+    ] &= not batches  # of a group too large to be dealt, more would only pile up
     return pool[np.sort(dealt.reshape(batch, batches).T, axis=1)], pool[left]
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of batches that fits, where a smaller one always does: what can be dealt is concave."""
+    return bisect_left(range(1, limit + 1), True, key=lambda batches: not fits(batches))

@@ -40,7 +40,7 @@ LONGEST_NAME = 200
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:\ is a drive
 CREDENTIALS = (
     "check the credentials: for s3 those of the AWS tools (FSSPEC_S3_ANON=true where none are needed), for http "
-    "user:password@ in the URL or ~/.netrc"
+    "~/.netrc"
 )
 
 # Not the generator that programs seed: waiting must not change their draws, and forked processes must not wait alike.

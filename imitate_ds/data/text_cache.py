@@ -105,6 +105,8 @@ def load_text_cache(root: Path, shard: ShardEntry, info: dict | None = None, *, 
         raise ValueError(f"text embeddings of another build of the shards: {path}; {AGAIN}")
     if metadata.get("encoder") != info["encoder"]:
         raise ValueError(f"text embeddings of another encoder than {TEXT_INDEX} names: {path}; {AGAIN}")
+    if [tensor.dtype for tensor in cache] != 3 * [torch.float16] + 2 * [torch.bool]:
+        raise ValueError(f"text embeddings of another type than float16: {path}; {AGAIN}")
     shapes = [tuple(tensor.shape) for tensor in cache]
     if shapes != 3 * [(shard.samples, info["width"])] + 2 * [(shard.samples,)]:
         raise ValueError(
@@ -113,13 +115,14 @@ def load_text_cache(root: Path, shard: ShardEntry, info: dict | None = None, *, 
     return cache
 
 
-def text_info(index: ShardIndex) -> dict:
+def text_info(index: ShardIndex, *, fresh: bool = True) -> dict:
     """What text.json says: kind and fingerprint of the encoder, its width, the build it embedded, and the files.
 
-    Raises FileNotFoundError where nothing was embedded, ValueError where it was another build than the index names.
+    fresh=False is content with what was fetched of a remote folder before. Raises FileNotFoundError where nothing was
+    embedded, ValueError where it was another build than the index names.
     """
     if index.store:
-        index.store.fetch(File(TEXT_INDEX), fresh=True)
+        index.store.fetch(File(TEXT_INDEX), fresh=fresh)
     values = _read_info(index.root)
     if values["build_id"] != index.build_id:
         raise ValueError(f"{index.root / TEXT_INDEX}: embeddings of another build of the shards; {AGAIN}")
@@ -166,12 +169,16 @@ def _read_info(root: Path) -> dict:
         raise FileNotFoundError(f"{root}: no {TEXT_INDEX}, so no text embeddings; {AGAIN}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: not valid JSON; {AGAIN}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}; {AGAIN}")
     if wrong := [name for name, kind in INFO.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"{path}: lacks {', '.join(wrong)}; {AGAIN}")
+    if not all(
+        isinstance(facts, list) and [type(fact) for fact in facts] == [int, str] for facts in values["files"].values()
+    ):
+        raise ValueError(f"{path}: files must be name: [bytes, sha256]; {AGAIN}")
     return values
 
 

@@ -17,7 +17,7 @@ KS = (1, 5, 10)
 
 
 @torch.no_grad()
-def validate(engine: Any, config: RunConfig, folders: list[ShardIndex]) -> dict[str, float]:
+def validate(engine: Any, config: RunConfig, folders: list[ShardIndex], text_encoder: str = "") -> dict[str, float]:
     """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
 
     engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
@@ -33,6 +33,7 @@ def validate(engine: Any, config: RunConfig, folders: list[ShardIndex]) -> dict[
         impression_text=config.data.impression_text,
         rank=here.rank,
         world_size=here.size,
+        text_encoder=text_encoder,
     )
     parts: dict[str, list[Tensor]] = {}
     for batch in loader:

@@ -1,3 +1,4 @@
+import io
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imitate_ds.batch import Batch
@@ -24,7 +26,7 @@ from imitate_ds.data.shard_index import file_sha256
 from imitate_ds.data.shard_order import order_lines
 from imitate_ds.data.shards import build_shards, load_index
 from imitate_ds.data.sources.phantom import PhantomSource
-from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache
+from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache, text_info
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.models.text_encoder import LsaEncoder
 from tests.data.hostile_server import serve
@@ -471,3 +473,88 @@ def test_batches_that_are_kept_stay_as_they_were(built):
     whole = {batch.step: batch for batch in _train(_config(built), 24)}
     assert len(kept) == 8
     assert all(torch.equal(rows, whole[step].images[2:3]) for step, rows in kept)
+
+
+def test_two_iterators_of_one_loader_do_not_write_into_each_others_batches(built):
+    config = _config(built, workers=2)
+    loader = build_train_loader(config, rank=0, world_size=1, stop_step=16)
+    first = iter(loader)
+    kept = [next(first) for _ in range(4)]
+    second = list(loader)
+    kept += first
+    whole = _train(_config(built), 16)
+    assert all(_same(one, other) for one, other in zip(kept, whole, strict=True))
+    assert all(_same(one, other) for one, other in zip(second, whole, strict=True))
+
+
+def test_a_radiograph_of_another_size_is_damage(shards, caplog):
+    victim = _train(_config(shards), 2)[1].keys[2]
+    shard, member = _find(shards, victim)
+    picture = io.BytesIO()
+    Image.new("L", (40, 40), 128).save(picture, "JPEG", comment=b" " * 10)
+    data = picture.getvalue()
+    assert len(data) <= member.image_size
+    with (shards / shard.name).open("r+b") as tar:
+        tar.seek(member.image_offset)
+        tar.write(data + bytes(member.image_size - len(data)))
+    found = _train(_config(shards, verify="off", max_skipped=1, workers=2), 2)
+    assert victim not in found[1].keys
+    assert f"sample {victim} skipped in step 1: radiograph of another size than the index says" in caplog.text
+
+
+def test_a_resumed_run_goes_on_counting_and_notes_nothing_twice(shards, tmp_path):
+    config, record = _config(shards, max_skipped=20), tmp_path / "skipped.jsonl"
+    for batch in _train(_config(shards), 6)[::2]:
+        _damage_image(shards, batch.keys[1])
+
+    def train(config: RunConfig, start: int) -> int:
+        options = {"rank": 0, "world_size": 1, "start_step": start, "stop_step": 6, "record": record}
+        return len(list(build_train_loader(config, **options)))
+
+    assert train(config, 0) == 6
+    undisturbed = record.read_text()
+    for start in (2, 3, 5):
+        assert train(config, start) == 6 - start
+        assert record.read_text() == undisturbed
+    before = sum(json.loads(line)["step"] < 5 for line in undisturbed.splitlines())
+    assert before >= 3
+    with pytest.raises(RuntimeError, match=f"max_skipped = 2: {before} damaged"):
+        train(_config(shards, max_skipped=2), 5)
+
+
+def test_order_answers_for_a_damaged_folder(shards):
+    (shards / load_index(shards).of_split("train")[0].name).unlink()
+    assert len(list(order_lines(_config(shards).data, seed=1, global_batch_size=6, steps=range(2)))) == 2
+
+
+def test_a_damaged_remote_tar_is_fetched_once_and_skipped(shards, tmp_path):
+    whole = _train(_config(shards), 2)
+    lost = load_index(shards).of_split("train")[1]
+    tar = bytearray((shards / lost.name).read_bytes())
+    tar[700] ^= 1
+    (shards / lost.name).write_bytes(tar)
+    with serve(shards) as server:
+        remote = _config(shards, shards=server.url, cache_dir=str(tmp_path / "cache"), max_skipped=50)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("imitate_ds.data.shard_store.FIRST_WAIT_S", 0.01)
+            found = _train(remote, 2)
+        assert server.requests[lost.name] <= 12, (
+            "the attempts of the loader and of its prefetch, not those of every sample"
+        )
+    gone = {member.key for member in lost.members}
+    assert all(len(set(batch.keys)) == 6 and not gone & set(batch.keys) for batch in found)
+    assert all(set(one.keys) - gone <= set(other.keys) for one, other in zip(whole, found, strict=True))
+
+
+def test_validation_refuses_another_encoder_than_the_runs(shards):
+    loader = {"input_size": 32, "batch_size": 4, "workers": 0}
+    encoder = text_info(load_index(shards))["encoder"]
+    assert len(build_eval_loader(load_index(shards), "val", text_encoder=encoder, **loader)) > 0
+    with pytest.raises(ValueError, match=r"data\.shards: embedded anew during the run"):
+        build_eval_loader(load_index(shards), "val", text_encoder="another", **loader)
+
+
+def test_missing_validation_tars_are_found_before_training(shards):
+    (shards / load_index(shards).of_split("val")[0].name).unlink()
+    with pytest.raises(FileNotFoundError, match="val-000000"):
+        open_train_folders(_config(shards, max_skipped=50).data)

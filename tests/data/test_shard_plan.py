@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
 
 SIZES = (13, 7, 21, 1, 18)  # 60 samples
-PINNED = [[(1, 3), (0, 0), (2, 0)], [(2, 0), (2, 1), (1, 0)]]
+PINNED = [[(2, 0), (2, 1), (1, 0)], [(2, 0), (0, 0), (1, 1)]]
 
 
 def _plan(sizes=SIZES, batch=12, groups=None, seed=3, weight=1.0, **options) -> ShardPlan:
@@ -118,12 +118,14 @@ def test_substitutes_are_deterministic_new_to_the_batch_and_of_other_studies():
         assert first == [again.substitute(step, position, 1) for position in range(6)]
         names = [int(groups[starts[row.shard] + row.row]) for row in first]
         assert len({*names, *batch}) == 12, "all six may be damaged, and no study meets itself"
-        assert plan.substitute(step, 0, 2) not in first
+        second = [plan.substitute(step, position, 2) for position in range(6)]
+        others = {int(groups[starts[row.shard] + row.row]) for row in second}
+        assert len({*names, *batch, *others}) == 18, "nor when a substitute is damaged too"
 
 
 def test_where_every_study_is_in_the_batch_none_can_step_in():
     plan = _plan((6,), batch=6)
-    with pytest.raises(RuntimeError, match="step 0: the batch holds every study there is"):
+    with pytest.raises(RuntimeError, match="step 0: 0 samples could step in for the damaged one at position 0"):
         plan.substitute(0, 0, 1)
     assert _plan((7,), batch=6).substitute(0, 0, 1) not in _plan((7,), batch=6).global_batch(0)
 
@@ -236,3 +238,42 @@ def _read_by_workers(plan: ShardPlan, steps: range, rank: int, world_size: int, 
     workers = max(1, workers)
     made = [[plan.rank_batch(step, rank, world_size) for step in steps[worker::workers]] for worker in range(workers)]
     return [made[place % workers][place // workers] for place in range(len(steps))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.floats(0.1, 3)), min_size=1, max_size=3
+    ),
+    st.integers(1, 8),
+    st.integers(1, 60),
+)
+def test_mixtures_fill_every_epoch_alike(parts, batch, studies):
+    """Folders of any size and weight, which share studies: constant steps, every visit once, no study twice in a batch."""
+    groups = [np.random.default_rng(number).integers(0, studies, sum(sizes)) for number, (sizes, _) in enumerate(parts)]
+    folders = [Folder(sizes, found, weight) for (sizes, weight), found in zip(parts, groups, strict=True)]
+    try:
+        plan = ShardPlan(folders, seed=1, global_batch_size=batch, window_samples=20)
+    except ValueError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert "fewer than one global batch" in refused or "less than one an epoch" in refused
+        return
+    starts, all_groups = np.cumsum([0, *(size for sizes, _ in parts for size in sizes)]), np.concatenate(groups)
+    seen: Counter = Counter()
+    for step in range(4 * plan.steps_per_epoch):
+        rows = plan.global_batch(step)
+        assert len({int(all_groups[starts[row.shard] + row.row]) for row in rows}) == batch
+        seen.update(rows)
+    assert set(seen.values()) == {1}
+
+
+def test_one_group_of_half_the_samples_is_planned_too():
+    samples = 100_000
+    groups = np.where(np.arange(samples) % 2, 0, np.arange(samples))
+    plan = _plan([500] * 200, batch=16, groups=groups)
+    assert plan.steps_per_epoch == 50_000 // 15
+    for step in (0, 1000, plan.steps_per_epoch - 1):
+        assert len({int(groups[500 * row.shard + row.row]) for row in plan.global_batch(step)}) == 16
