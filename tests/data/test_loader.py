@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig, build_run_config
 from imitate_ds.data.loader import (
-    ShardReader,
     build_eval_loader,
     build_train_loader,
     build_train_plan,
@@ -24,6 +23,7 @@ from imitate_ds.data.loader import (
 )
 from imitate_ds.data.shard_index import file_sha256
 from imitate_ds.data.shard_order import order_lines
+from imitate_ds.data.shard_reader import ShardReader
 from imitate_ds.data.shards import build_shards, load_index
 from imitate_ds.data.sources.phantom import PhantomSource
 from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache, text_info
@@ -432,7 +432,7 @@ def test_evaluation_refuses_a_damaged_sample_by_key(shards, workers):
 
 
 def test_few_tars_are_open_at_a_time(built, monkeypatch):
-    monkeypatch.setattr("imitate_ds.data.loader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("imitate_ds.data.shard_reader.OPEN_SHARDS", 2)
     reader = ShardReader([load_index(built)], "train")
     before = len(os.listdir("/proc/self/fd"))
     again = [reader.read(reader.row_of(number)).key for number in [*range(reader.samples), 0, 25]]
