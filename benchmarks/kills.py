@@ -108,6 +108,10 @@ def kill_somewhere(
         wait_for(lambda: consumed_file(folder, attempt, 0).exists() or any(r.poll() is not None for r in ranks), 120)
         time.sleep(chance.uniform(0, 4))
     victims = chance.choice([[0], [1], [0, 1]])
+    if ended := [number for number, rank in enumerate(ranks) if rank.poll() is not None]:
+        raise SystemExit(
+            f"rank {ended[0]} ended before it was killed\n{(folder / f'rank{ended[0]}.log').read_text()[-3000:]}"
+        )
     for rank in victims:
         os.killpg(ranks[rank].pid, signal.SIGKILL)  # the group: its workers go with it, as when a node loses power
     moment = f"{'starting' if while_starting else 'training'}, rank {' and '.join(map(str, victims))}"

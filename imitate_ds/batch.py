@@ -5,6 +5,7 @@ S encoder levels, D joint width, E text width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,11 @@ class Batch(NamedTuple):
         moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
         return self._replace(**{**moved, "draws": self.draws})  # what they say of the views is worked out on the CPU
 
-    def split(self, studies: int) -> list["Batch"]:
-        """Consecutive parts of so many studies (the last may be shorter), all of the same step."""
+    def split(self, parts: int) -> list["Batch"]:
+        """So many consecutive parts, as equal as they can be, all of the same step."""
         rows = {name: v for name, v in self._asdict().items() if isinstance(v, (list, Tensor))}
-        starts = range(0, len(self.keys), studies)
-        return [self._replace(**{name: v[start : start + studies] for name, v in rows.items()}) for start in starts]
+        ends = [len(self.keys) * part // parts for part in range(parts + 1)]
+        return [self._replace(**{name: v[start:stop] for name, v in rows.items()}) for start, stop in pairwise(ends)]
 
 
 class Features(NamedTuple):

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -190,7 +190,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     epochs: int = Field(default=20, ge=0)  # 0 exports the initial weights
     max_steps: int = Field(default=0, ge=0)  # 0: epochs decide
-    micro_batch_size: int = Field(default=128, ge=2)  # studies per rank and step
+    micro_batch_size: int = Field(default=128, ge=2)  # studies per rank and step, where global_batch_size is 0
+    # Studies of a step on all ranks together, whatever their number; they share them as evenly as they can. 0:
+    # micro_batch_size x ranks. A run that goes on keeps the number it began with, on other ranks too.
+    global_batch_size: int = Field(default=0, ge=0)
     # Studies that pass the encoder together (GradCache), so that micro_batch_size, and with it the negatives, does not
     # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time.
     grad_cache_chunk: int = Field(default=0, ge=0)
@@ -199,16 +202,29 @@ class TrainConfig(Section):
     deepspeed: str = "zero1"  # a name in ds_configs/, or the path of a JSON file: ZeRO and communication only
     resume: bool = False  # go on from the last good checkpoint of this run, if there is one
     save_every: int = Field(default=0, ge=0)  # steps between checkpoints; 0: at the end of every epoch
-    keep_last: int = Field(default=2, ge=1)
+    save_in_background: bool = False  # training waits for a copy of the state only, not for the disk
+    keep_last: int = Field(default=2, ge=1)  # checkpoints
+    keep_every: int = Field(default=0, ge=0)  # keep those of every so-many steps for good; 0: none
+    keep_best: int = Field(
+        default=0, ge=0
+    )  # keep so many that validated best; checkpoints are then saved at validations
+    best_metric: str = "impression/image_to_text_R@5"  # of validation; more is better
+    max_bad_steps: int = Field(default=10, ge=0)  # skipped for a gradient that is not finite, before the run stops
+    timeout_s: float = Field(default=600, ge=5)  # a rank that is at the same thing for longer ends itself, with the run
     eval_every: int = Field(default=1, ge=0)  # epochs between validations; 0: never
     log_every: int = Field(default=10, ge=1)  # steps
     images_every: int = Field(default=500, ge=0)  # steps between pictures in TensorBoard; 0: never
+
+    def studies_of(self, ranks: int) -> int:
+        """Studies of a step on so many ranks together, where a run begins."""
+        return self.global_batch_size or self.micro_batch_size * ranks
 
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Folder = Path("runs")  # the run lives in output_dir/name
     preset: Literal["default", "paper"] = "default"
+    share: Literal["private", "group"] = "private"  # who else may read what the run writes: nobody, or the user's group
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -327,6 +343,14 @@ def build_data_config(values: dict[str, Any]) -> DataConfig:
 def dump_run_config(config: RunConfig) -> str:
     """The run file that reproduces this run: every setting written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys: {"train.epochs": 20, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

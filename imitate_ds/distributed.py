@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from imitate_ds.flight import flight
 
 T = TypeVar("T")
 
@@ -22,6 +25,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _group: dist.ProcessGroup | None = None
+_control: dist.ProcessGroup | None = None  # gloo, so that numbers of the host cost the device no wait
 _nodes: dict[dist.ProcessGroup | None, int] = {}
 
 
@@ -55,11 +59,12 @@ def node_count() -> int:
     return _nodes[_group]
 
 
-def init_world() -> World:
+def init_world(timeout_s: float = 600) -> World:
     """Join the process group that the launcher described, or make a group of one.
 
     Reads the variables of `deepspeed` and torchrun (RANK, WORLD_SIZE, ...); under plain `srun`, one task per rank, maps
-    SLURM_* to them. NCCL on CUDA, gloo elsewhere or when DS_ACCELERATOR=cpu.
+    SLURM_* to them. NCCL on CUDA, gloo elsewhere or when DS_ACCELERATOR=cpu. Ranks meet at MASTER_ADDR, and rank 0
+    listens on that address alone. timeout_s: how long a rank waits for another one, here and in a collective.
     """
     if dist.is_initialized():
         return world()
@@ -68,15 +73,57 @@ def init_world() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(_first_of("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE"))
+        ranks_here = int(_first_of("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", "10"))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    else:
-        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
+    store = _meeting_place(rank, size, timeout) if "MASTER_ADDR" in os.environ else HashStore()
+    flight.begin("meeting the other ranks")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    global _control
+    _control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None  # type: ignore[assignment]
     return world()
+
+
+def _meeting_place(rank: int, size: int, timeout: timedelta) -> Store:
+    """The store through which ranks find each other. torch's own listens on every address of the machine."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there already
+        return TCPStore(host, port, size, is_master=False, timeout=timeout)
+    if rank:
+        return TCPStore(host, port, size, is_master=False, timeout=timeout)
+    listener = _listen(host, port, size)
+    return TCPStore(
+        host, port, size, is_master=True, timeout=timeout, master_listen_fd=listener.detach(), wait_for_workers=False
+    )
+
+
+def _listen(host: str, port: int, size: int) -> socket.socket:
+    """A listening socket on the address that MASTER_ADDR means here. Raises ValueError where other machines cannot reach it."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR = {host!r}: no such machine ({error.strerror})") from None
+    ranks_here = int(_first_of("LOCAL_WORLD_SIZE", "LOCAL_SIZE") or size)
+    several_machines = ranks_here < size or int(_first_of("SLURM_STEP_NUM_NODES") or 1) > 1
+    if str(address[0]).startswith("127.") and several_machines:
+        raise ValueError(
+            f"MASTER_ADDR = {host!r}: is {address[0]} on its own machine, where the ranks of other machines cannot reach it; set "
+            "MASTER_ADDR to an address of the cluster's network, or mend /etc/hosts"
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"MASTER_ADDR = {host!r}, MASTER_PORT = {port}: rank 0 cannot listen there ({error.strerror}); rank 0 must "
+            "run on that machine, and the port must be free"
+        ) from None
+    listener.listen(socket.SOMAXCONN)
+    return listener
 
 
 def training_device() -> torch.device:
@@ -104,7 +151,7 @@ def _describe_world() -> None:
 
 
 def _first_of(*names: str) -> str:
-    return next(os.environ[name] for name in names if os.environ.get(name, "").isdigit())
+    return next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "")
 
 
 def leave_world(status: int = 0) -> NoReturn:
@@ -119,6 +166,34 @@ def leave_world(status: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class Pulse:
+    """A few numbers of every rank, told after every step and read after the next: between them nobody waits."""
+
+    def __init__(self) -> None:
+        self._under_way: tuple[Any, Tensor] | None = None
+
+    def exchange(self, *numbers: float) -> Tensor | None:
+        """Tell the others mine; float64 [ranks, n] is what all told in the call before, None in the first call."""
+        before, mine = self.last(), torch.tensor(numbers, dtype=torch.float64)
+        table = torch.empty(world().size * len(numbers), dtype=torch.float64)
+        if _control is None:
+            self._under_way = None, table.copy_(mine)
+        else:
+            self._under_way = _all_gather(table, mine, group=_control, async_op=True), table
+        return before
+
+    def last(self) -> Tensor | None:
+        """What was told in the last exchange, now; None where nothing is under way."""
+        if self._under_way is None:
+            return None
+        work, table = self._under_way
+        self._under_way = None
+        if work is not None:
+            with flight.collective("pulse"):
+                work.wait()
+        return table.view(world().size, -1)
 
 
 class RankRows(NamedTuple):
@@ -148,7 +223,8 @@ def count_rows(rows: int, **alike: int) -> RankRows:
         return RankRows((rows,), 0)
     mine = torch.tensor([rows, *alike.values()], dtype=torch.int64, device=_device_of_group())
     table = torch.empty(here.size * len(mine), dtype=torch.int64, device=mine.device)
-    _all_gather(table, mine, group=_group)
+    with flight.collective("count rows"):
+        _all_gather(table, mine, group=_group)
     counts, *columns = zip(*table.view(here.size, -1).tolist(), strict=True)
     for name, values in zip(alike, columns, strict=True):
         if len(set(values)) > 1:
@@ -172,7 +248,8 @@ def start_gather(rows: Tensor, held: RankRows) -> Callable[[], Tensor]:
     del sent  # both live until the wait, for the collective's sake, and no longer: backward needs the memory
 
     def finish() -> Tensor:
-        work.wait()
+        with flight.collective("gather rows"):
+            work.wait()
         _, whole = under_way.pop()
         if min(held.counts) == most:
             return whole
@@ -214,7 +291,8 @@ def sum_to_owner(whole: Tensor, held: RankRows) -> Tensor:
     if min(held.counts) != most:
         sent = torch.cat([_padded(part, most) for part in whole.split(held.counts)])
     mine = torch.empty_like(sent[:most])
-    _reduce_scatter(mine, sent.contiguous(), group=_group)
+    with flight.collective("sum to owner"):
+        _reduce_scatter(mine, sent.contiguous(), group=_group)
     return mine[: held.counts[held.rank]]
 
 
@@ -222,7 +300,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over ranks, a new tensor, no gradient."""
     total = values.detach().clone()
     if world().size > 1:
-        dist.all_reduce(total, group=_group)
+        with flight.collective("sum"):
+            dist.all_reduce(total, group=_group)
     return total
 
 
@@ -230,7 +309,8 @@ def maximum_over_ranks(values: Tensor) -> Tensor:
     """The largest of each element over ranks, a new tensor, no gradient."""
     largest = values.detach().clone()
     if world().size > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group)
+        with flight.collective("maximum"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group)
     return largest
 
 
@@ -246,7 +326,8 @@ def gather_objects(item: object) -> list:
     if here.size == 1:
         return [item]
     items: list = [None] * here.size
-    dist.all_gather_object(items, item, group=_group)
+    with flight.collective("gather objects"):
+        dist.all_gather_object(items, item, group=_group)
     return items
 
 
@@ -267,13 +348,29 @@ def broadcast_object(item: T) -> T:
     if world().size == 1:
         return item
     box: list = [item]
-    dist.broadcast_object_list(box, group=_group, group_src=0)
+    with flight.collective("broadcast object"):
+        dist.broadcast_object_list(box, group=_group, group_src=0)
     return box[0]
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What a function returns on rank 0, on all ranks; an OSError or ValueError it raises there is raised on all alike."""
+    answer: Any = None
+    if world().is_main:
+        try:
+            answer = work(), None
+        except (OSError, ValueError) as error:
+            answer = None, error
+    result, error = broadcast_object(answer)
+    if error is not None:
+        raise error
+    return result
 
 
 def barrier() -> None:
     if world().size > 1:
-        dist.barrier(group=_group)
+        with flight.collective("barrier"):
+            dist.barrier(group=_group)
 
 
 def _device_of_group() -> torch.device:

@@ -1,7 +1,7 @@
 """Pre-training, the main entrance: `deepspeed --module imitate_ds.pretrain --config RUN.yaml [--set key=value ...]`."""
 
 import argparse
-import json
+import math
 import os
 import sys
 import traceback
@@ -15,20 +15,32 @@ from torch import Tensor
 
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
-from imitate_ds.config import RunConfig, dump_run_config, load_run_config
+from imitate_ds.config import RunConfig, dump_run_config, flat_settings, load_run_config
 from imitate_ds.data.loader import build_train_loader, build_train_plan, open_train_folders
 from imitate_ds.data.shard_index import ShardIndex
-from imitate_ds.data.shard_plan import PLAN
+from imitate_ds.data.shard_plan import PLAN, rank_rows
 from imitate_ds.data.text_cache import fetch_encoder, text_info
 from imitate_ds.data.transforms import TrainViews
-from imitate_ds.distributed import broadcast_object, gather_objects, init_world, leave_world, training_device, world
+from imitate_ds.distributed import (
+    from_main,
+    init_world,
+    leave_world,
+    max_over_ranks,
+    node_count,
+    training_device,
+    world,
+)
 from imitate_ds.evaluation.validation import validate
+from imitate_ds.flight import flight
 from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
-from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
+from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
+from imitate_ds.training.drain import Drain, listening
 from imitate_ds.training.engine import (
+    Step,
     average_batch_norm_statistics,
     batch_norm_policy,
     build_engine,
@@ -36,31 +48,13 @@ from imitate_ds.training.engine import (
     set_training_mode,
 )
 from imitate_ds.training.grad_cache import backward_in_chunks
-from imitate_ds.training.loop import LoopSettings, StepOutput, train_steps
+from imitate_ds.training.health import BadSteps
+from imitate_ds.training.heart import Heart
+from imitate_ds.training.identity import check_ranks_agree, check_same_run, identity
+from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, train_steps
 from imitate_ds.training.monitor import Monitor
+from imitate_ds.training.run_state import read_run_state, write_run_state
 from imitate_ds.training.schedule import learning_rate, restart_period
-
-# Settings that may change when a run goes on; all others must be those it was begun with.
-FREE_SETTINGS = {
-    "name",
-    "output_dir",
-    "data.shards",  # folders may move; their builds, weights and embeddings may not change
-    "data.val_split",
-    "data.workers",
-    "data.max_skipped",
-    "data.verify",
-    "data.augment_on",
-    "data.cache_dir",
-    "data.cache_gib",
-    "train.resume",
-    "train.save_every",
-    "train.keep_last",
-    "train.eval_every",
-    "train.log_every",
-    "train.images_every",
-}
-# Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
-RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
 
 
 class Horizon(NamedTuple):
@@ -80,60 +74,152 @@ class Inputs(NamedTuple):
     text_width: int
     horizon: Horizon
     batch_norm: str  # resolved policy
+    nodes: int
 
 
-def pretrain(config: RunConfig) -> dict[str, float]:
+class Run(NamedTuple):
+    """All that the steps of a run need."""
+
+    engine: Any
+    config: RunConfig
+    inputs: Inputs
+    checkpoints: Checkpoints
+    monitor: Monitor
+    drain: Drain
+    metrics: dict[str, float]  # of the last validation
+
+
+def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
     """Train, validate, save and export as the run file says; returns the last validation metrics.
 
-    Everything of the run lies in config.run_dir: config.yaml, checkpoints/, tensorboard/, metrics.jsonl, export/.
+    Everything of the run lies in config.run_dir: config.yaml, state.json, checkpoints/, tensorboard/, metrics.jsonl, export/.
+    Where a rank was asked to end (drain), all stop after the same step, with a checkpoint of it and nothing exported.
     """
-    here = init_world()
+    here = init_world(config.train.timeout_s)
     config = _with_operands(config)
-    inputs = _open_inputs(config)
-    checkpoint = _open_run(config, inputs)
-    engine = build_engine(_build_model(config, inputs), config.train, config.optim)
-    start_step = load_checkpoint(engine, checkpoint)["step"] if checkpoint else 0
-    if here.is_main:
-        _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
+    _check_name_is_free(config)
+    checkpoint = find_checkpoint(_checkpoint_folder(config)) if config.train.resume else None
+    inputs = _open_inputs(config, checkpoint)
+    check_ranks_agree(config, _identity(config, inputs))
+    if checkpoint:
+        check_same_run(_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
+    heart = Heart(config.run_dir, config.train.timeout_s)
+    try:
+        flight.begin("building the model")
+        engine = build_engine(_build_model(config, inputs), config.train, config.optim)
+        state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
+        if here.is_main:
+            _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
+        _tell(config, inputs, "running", state["step"])
+        metrics = _train(engine, config, inputs, state, drain or Drain())
+    except BaseException as error:
+        _tell(config, inputs, "failed", flight.step, reason=str(error).partition("\n")[0])
+        if here.size > 1 and isinstance(error, RuntimeError):  # of a collective, whose partner may have died
+            heart.report_failure(error)
+        raise
+    finally:
+        heart.stop()
+    return metrics
 
-    horizon = inputs.horizon
+
+def _train(engine: Any, config: RunConfig, inputs: Inputs, state: dict[str, Any], drain: Drain) -> dict[str, float]:
+    """The steps that are left after those of a checkpoint, and the export."""
+    here, horizon, start_step = world(), inputs.horizon, state["step"]
     monitor = Monitor(config.run_dir, start_step=start_step, total_steps=horizon.total_steps, speaks=here.is_main)
+    checkpoints = Checkpoints(_checkpoint_folder(config), _keep(config), in_background=config.train.save_in_background)
+    run = Run(engine, config, inputs, checkpoints, monitor, drain, {})
     monitor.say(_describe(config, inputs, start_step))
-    metrics: dict[str, float] = {}
-    settings = LoopSettings(
-        seed=config.seed,
-        total_steps=horizon.total_steps,
-        batch_norm=inputs.batch_norm,
-        skips_overflow=config.train.precision == "fp16",
-        log_every=config.train.log_every,
-        images_every=config.train.images_every,
-        pauses_at=lambda done: _saves_at(done, config, horizon) or _validates_at(done, config, horizon),
-    )
+    bad_steps = BadSteps(config.run_dir, config.train.max_bad_steps, start_step=start_step)
     batches = build_train_loader(
         config,
         rank=here.rank,
         world_size=here.size,
         start_step=start_step,
         stop_step=horizon.total_steps,
+        global_batch_size=horizon.global_batch_size,
         folders=inputs.folders,
         record=config.run_dir / f"skipped.rank{here.rank}.jsonl",
     )
+    temperature = config.objective.temperature
+    settings = LoopSettings(
+        seed=config.seed,
+        total_steps=horizon.total_steps,
+        global_batch_size=horizon.global_batch_size,
+        batch_norm=inputs.batch_norm,
+        skips_overflow=config.train.precision == "fp16",
+        log_every=config.train.log_every,
+        images_every=config.train.images_every,
+        lowest_temperature=temperature.min if temperature.learnable else 0.0,
+    )
+
+    def between() -> dict[str, float]:
+        checkpoints.poll()
+        return {"bad_steps": bad_steps.count, "skipped_samples": batches.skipped.total()}
+
+    def skipped(step: int, batch: Movable, output: StepOutput, taken: Step) -> None:
+        at = {"step": step, "identity": _identity(config, inputs)}
+        bad_steps.note(engine, step, batch.keys, output.scalars, taken.norm, at)
+        monitor.warn(step + 1, "the gradient is not finite; the step was skipped")
+
+    calls = Calls(
+        pauses_at=lambda done: _saves_at(done, config, horizon) or _validates_at(done, config, horizon),
+        pause=partial(_pause, run),
+        between=between,
+        skipped=skipped,
+    )
     period = restart_period(horizon.samples, horizon.global_batch_size, config.optim.restart_epochs)
     rate = partial(learning_rate, total_steps=horizon.total_steps, optim=config.optim, period=period)
-    pause = partial(_pause, engine, config, inputs, monitor, metrics)
+    views = TrainViews(config.data.augment, config.data.input_size)
     try:
-        views = TrainViews(config.data.augment, config.data.input_size)
-        train_steps(engine, batches, partial(_step, engine, config, views), rate, monitor, settings, pause)
-        if not metrics and start_step and _validates_at(horizon.total_steps, config, horizon):
-            metrics.update(
-                validate(engine, config, inputs.folders, inputs.text_encoder)
-            )  # the run had ended; say again how it stands
-        export(engine, config, inputs)
-        monitor.hyperparameters(_flat(config.model_dump(mode="json")), metrics)
-        monitor.say(f"export: {config.run_dir / 'export'}")
+        if state.get("validation_due") or (start_step and start_step == horizon.total_steps):
+            _validate(run, start_step)  # the run ended before it could, or had ended; say again how it stands
+        stopped_at = train_steps(
+            engine, batches, partial(_step, engine, config, views), rate, monitor, settings, calls, drain
+        )
+        if stopped_at is None:
+            _finish(run)
+        else:
+            _drain(run, stopped_at)
     finally:
         monitor.close()
-    return metrics
+    return run.metrics
+
+
+def _finish(run: Run) -> None:
+    run.checkpoints.finish()
+    flight.begin("export")
+    export(run.engine, run.config, run.inputs)
+    run.monitor.hyperparameters(flat_settings(run.config.model_dump(mode="json")), run.metrics)
+    run.monitor.say(f"export: {run.config.run_dir / 'export'}")
+    _tell(run.config, run.inputs, "finished", run.inputs.horizon.total_steps)
+
+
+def _drain(run: Run, done: int) -> None:
+    """Leave a checkpoint of exactly this step, and say so."""
+    if not _saves_at(done, run.config, run.inputs.horizon):
+        average_batch_norm_statistics(run.engine.module)
+        _save(run, done)
+    run.checkpoints.finish()
+    reason = f"{run.drain.asked_by or 'a signal'} on {'rank 0' if run.drain.asked_by else 'another rank'}"
+    run.monitor.say(f"step {done}: stopped by {reason}; --set train.resume=true goes on from here")
+    _tell(run.config, run.inputs, "drained", done, reason=reason)
+
+
+def _tell(config: RunConfig, inputs: Inputs, state: str, step: int, reason: str = "") -> None:
+    """Write state.json, on rank 0. A failure of any rank ends the run, so rank 0 comes to tell it too."""
+    if not world().is_main:
+        return
+    started = {}
+    if state == "running":
+        restarts = read_run_state(config.run_dir).get("restarts", -1) + 1 if step else 0
+        started = {"restarts": restarts, "ranks": world().size, "nodes": inputs.nodes}
+    try:
+        horizon = inputs.horizon
+        totals = {"total_steps": horizon.total_steps, "global_batch_size": horizon.global_batch_size}
+        write_run_state(config.run_dir, state, step=step, reason=reason, **totals, **started)  # type: ignore[arg-type]
+    except OSError:
+        if state != "failed":  # there, what went wrong is on its way to the user already
+            raise
 
 
 def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
@@ -186,17 +272,32 @@ def _with_operands(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"objective": objective})
 
 
-def _open_inputs(config: RunConfig) -> Inputs:
+def _open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
+    """Raises ValueError or FileNotFoundError naming the setting. A collective."""
     folders = open_train_folders(config.data)
     if config.data.val_split and config.train.eval_every:
         _check_val_split(config, folders)
     info = text_info(folders[0])
-    global_batch_size = config.train.micro_batch_size * world().size
+    global_batch_size = _global_batch_size(config, checkpoint)
     plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=global_batch_size)
     total = plan.steps_per_epoch * config.train.epochs
     total = min(total, config.train.max_steps or total)
     horizon = Horizon(plan.samples, global_batch_size, plan.steps_per_epoch, total)
-    return Inputs(folders, info["encoder"], info["width"], horizon, batch_norm_policy(config.train, training_device()))
+    policy = batch_norm_policy(config.train, training_device())
+    return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count())
+
+
+def _global_batch_size(config: RunConfig, checkpoint: Path | None) -> int:
+    """Of the run: as many studies a step as it began with, whatever the number of ranks is now."""
+    ranks = world().size
+    wanted = config.train.studies_of(ranks)
+    if checkpoint and not config.train.global_batch_size:
+        wanted = read_state(checkpoint)["identity"]["global batch size"]
+    if wanted < 2 * ranks:
+        raise ValueError(
+            f"train.global_batch_size = {wanted}: must be at least 2 for each of {ranks} ranks; raise it, or use fewer ranks"
+        )
+    return wanted
 
 
 def _check_val_split(config: RunConfig, folders: list[ShardIndex]) -> None:
@@ -220,61 +321,39 @@ def _model(config: RunConfig, inputs: Inputs) -> ImitateModel:
     return ImitateModel(config.model, inputs.text_width, input_size=size, temperature=temperature)
 
 
-def _open_run(config: RunConfig, inputs: Inputs) -> Path | None:
-    """The checkpoint to resume from, if any; the same answer, or refusal, on all ranks."""
-    _check_ranks_agree(config, inputs)
-    folder = config.run_dir / "checkpoints"
-    problem: str | None = None
-    if world().is_main and not config.train.resume and any(folder.glob("step-*")):
-        problem = (
+def _checkpoint_folder(config: RunConfig) -> Path:
+    return config.run_dir / "checkpoints"
+
+
+def _keep(config: RunConfig) -> Keep:
+    train = config.train
+    return Keep(train.keep_last, train.keep_every, train.keep_best, train.best_metric)
+
+
+def _check_name_is_free(config: RunConfig) -> None:
+    """Raise ValueError on all ranks where a new run would write into the folder of another one."""
+    if not config.train.resume and from_main(lambda: bool(checkpoint_folders(_checkpoint_folder(config)))):
+        raise ValueError(
             f"name = {config.name!r}: {config.run_dir} already holds checkpoints; go on with "
             "--set train.resume=true, or choose another name"
         )
-    if problem := broadcast_object(problem):
-        raise ValueError(problem)
-    checkpoint = find_checkpoint(folder) if config.train.resume else None
-    if checkpoint:
-        _check_same_run(_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
-    return checkpoint
-
-
-def _check_ranks_agree(config: RunConfig, inputs: Inputs) -> None:
-    """Raise the same ValueError on every rank where one was given another run: they would wait for each other for ever."""
-    settings = _flat(json.loads(config.model_dump_json())) | _identity(config, inputs)
-    first, *others = gather_objects({key: value for key, value in settings.items() if key not in RANKS_OWN})
-    for rank, other in enumerate(others, start=1):
-        for key in first:
-            if other[key] != first[key]:
-                raise ValueError(
-                    f"{key} = {other[key]!r} on rank {rank}: must be {first[key]!r}, as on rank 0; start every rank with "
-                    "the same run file, overrides and shards"
-                )
 
 
 def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What must be the same when a run goes on, as JSON values."""
-    settings = _flat(json.loads(config.model_dump_json()))
-    fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
     data = {
+        "global batch size": inputs.horizon.global_batch_size,
         "shards": " ".join(folder.build_id for folder in inputs.folders),
         "weights of shards": [part.weight for part in config.data.shards],
         "version of the plan": PLAN,
         "text encoder": inputs.text_encoder,
     }
-    return {**fixed, **data, "ranks": world().size}
-
-
-def _check_same_run(now: dict[str, Any], then: dict[str, Any], checkpoint: Path) -> None:
-    for key in now:
-        if now[key] != then.get(key):
-            raise ValueError(
-                f"{key} = {now[key]!r}: {checkpoint.name} was made with {then.get(key)!r}, and a run goes on as it "
-                "began; set it back, or choose another name"
-            )
+    return identity(config, data)
 
 
 def _saves_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
-    return done == horizon.total_steps or done % (config.train.save_every or horizon.steps_per_epoch) == 0
+    """Every save_every steps, at the end of the run, and where a checkpoint may turn out to be the best."""
+    due = done % (config.train.save_every or horizon.steps_per_epoch) == 0 or done == horizon.total_steps
+    return due or bool(config.train.keep_best and _validates_at(done, config, horizon))
 
 
 def _validates_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
@@ -285,20 +364,53 @@ def _validates_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
     return done == horizon.total_steps or (rest == 0 and epochs % config.train.eval_every == 0)
 
 
-def _pause(
-    engine: Any, config: RunConfig, inputs: Inputs, monitor: Monitor, metrics: dict[str, float], done: int
-) -> None:
+def _pause(run: Run, done: int) -> None:
     """Validate and save, where `done` steps are the time for it."""
-    average_batch_norm_statistics(engine.module)
-    if _validates_at(done, config, inputs.horizon):
-        metrics.update(validate(engine, config, inputs.folders, inputs.text_encoder))
-        monitor.scalars(done, metrics, split="val")
-        monitor.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("R@5")))
-        set_training_mode(engine.module, inputs.batch_norm)
-    if _saves_at(done, config, inputs.horizon):
-        seen = done * inputs.horizon.global_batch_size
-        state = {"step": done, "samples_seen": seen, "identity": _identity(config, inputs)}
-        save_checkpoint(engine, config.run_dir / "checkpoints", done, state, keep_last=config.train.keep_last)
+    average_batch_norm_statistics(run.engine.module)
+    validated = not _validates_at(done, run.config, run.inputs.horizon) or _validate(run, done)
+    if _saves_at(done, run.config, run.inputs.horizon):
+        _save(run, done, validation_due=not validated)
+
+
+def _validate(run: Run, done: int) -> bool:
+    """Validate, unless some rank is asked to end: the time that is left is for the checkpoint. Whether it was done."""
+
+    def asked_to_end() -> bool:
+        return bool(max_over_ranks(float(bool(run.drain.asked_by))))
+
+    flight.begin("validation")
+    found = validate(
+        run.engine,
+        run.config,
+        run.inputs.folders,
+        run.inputs.text_encoder,
+        batch_size=len(rank_rows(run.inputs.horizon.global_batch_size, 0, world().size)) or 1,
+        stop=asked_to_end,
+    )
+    set_training_mode(run.engine.module, run.inputs.batch_norm)
+    if found is None:
+        return False
+    run.metrics.clear()
+    run.metrics.update(found)
+    run.monitor.scalars(done, found, split="val")
+    run.monitor.say(f"step {done}: " + "  ".join(f"{k} {v:.3f}" for k, v in found.items() if k.endswith("R@5")))
+    return True
+
+
+def _save(run: Run, done: int, *, validation_due: bool = False) -> None:
+    flight.begin("saving")
+    validated_now = _validates_at(done, run.config, run.inputs.horizon) and not validation_due
+    state = {
+        "step": done,
+        "samples_seen": done * run.inputs.horizon.global_batch_size,
+        "metrics": dict(run.metrics) if validated_now else {},
+        "validation_due": validation_due,
+        # Every random number is a function of the seed and the step (loop.py, data/loader.py): these two are their state.
+        "random": {"seed": run.config.seed, "step": done},
+        "config": run.config.model_dump(mode="json"),
+        "identity": _identity(run.config, run.inputs),
+    }
+    run.checkpoints.save(run.engine, done, state)
 
 
 def _step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:
@@ -325,13 +437,18 @@ def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple
         losses = imitate_loss(features, batch, config.objective, texts)
         return losses.total, losses
 
-    chunks = batch.split(config.train.grad_cache_chunk or len(batch.keys))
-    if len(chunks) > 1:
-        return backward_in_chunks(engine, chunks, Features.join, loss_of)
+    if (parts := _chunks(config, batch)) > 1:
+        return backward_in_chunks(engine, batch.split(parts), Features.join, loss_of)
     features = engine(batch)
     total, losses = loss_of(features)
     engine.backward(total)
     return features, losses
+
+
+def _chunks(config: RunConfig, batch: Batch) -> int:
+    """In how many parts a batch passes the encoder: the same number on ranks that hold one study more or less."""
+    most = max_over_ranks(len(batch.keys)) if config.train.grad_cache_chunk else 0
+    return math.ceil(most / config.train.grad_cache_chunk) if most else 1
 
 
 def _similarities(features: Features) -> dict[str, Tensor]:
@@ -356,7 +473,7 @@ def _describe(config: RunConfig, inputs: Inputs, start_step: int) -> str:
     start = f", resuming at step {start_step}" if start_step else ""
     return (
         f"{config.name}: {horizon.samples} studies of {_sources(inputs)}{kind}, {config.model.image_encoder}, "
-        f"{world().size} rank(s) x {config.train.micro_batch_size} = batch {horizon.global_batch_size}, "
+        f"{world().size} rank(s) on {inputs.nodes} node(s), batch {horizon.global_batch_size}, "
         f"{horizon.total_steps} steps of {config.train.epochs} epoch(s){start}"
     )
 
@@ -366,13 +483,6 @@ def _write_atomically(path: Path, text: str) -> None:
     partial_path = path.with_name(path.name + ".tmp")
     partial_path.write_text(text)
     partial_path.rename(path)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -385,9 +495,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     given = parser.parse_args(arguments)
-    rank, status = os.environ.get("RANK", "0"), 1
+    rank, status = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"), 1
     try:
-        pretrain(load_run_config(given.config, given.set))
+        config = load_run_config(given.config, given.set)
+        os.umask(0o077 if config.share == "private" else 0o027)  # for all that the run writes
+        with listening() as drain:
+            pretrain(config, drain)
         status = 0
     except (ValueError, OSError, FloatingPointError) as error:
         if type(error) in _EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):

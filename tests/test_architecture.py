@@ -7,13 +7,14 @@ from pathlib import Path
 MAY_IMPORT = {
     "batch": set(),
     "config": set(),
-    "distributed": set(),
+    "distributed": {"flight"},
+    "flight": set(),
     "metrics": set(),
     "ops": {"distributed"},
     "data": {"batch", "config", "distributed"},
     "models": {"batch", "config"},
     "objective": {"batch", "config", "distributed", "ops"},
-    "training": {"batch", "config", "distributed"},
+    "training": {"batch", "config", "distributed", "flight"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
     "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
 }
@@ -33,7 +34,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "timm": {"models"},
     "transformers": {"models"},
-    "safetensors": {"hub", "data.text_cache", "models"},
+    "safetensors": {"hub", "data.text_cache", "models", "training.tensor_files"},
     "huggingface_hub": {"hub", "models"},
     "pickle": set(),
 }

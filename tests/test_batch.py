@@ -19,12 +19,13 @@ def batch():
 
 def test_split_keeps_every_study_once_and_the_step(batch):
     parts = batch.split(2)
-    assert [len(part.keys) for part in parts] == [2, 2, 1]
+    assert [len(part.keys) for part in parts] == [2, 3]
+    assert [len(part.keys) for part in batch.split(4)] == [1, 1, 1, 2]
     assert {part.step for part in parts} == {7}
     assert [key for part in parts for key in part.keys] == batch.keys
     for name in ("images", "findings", "impression", "has_findings", "has_impression"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    (whole,) = batch.split(STUDIES)
+    (whole,) = batch.split(1)
     assert torch.equal(whole.images, batch.images)
 
 
@@ -61,4 +62,4 @@ def test_draws_stay_where_views_are_planned():
     assert moved.images.device.type == "meta"
     assert moved.draws is not None
     assert views(moved.images[:, 0], moved.draws).shape == (2, 2, 1, 8, 8)
-    assert [len(part.draws) for part in batch.split(1)] == [1, 1]
+    assert [len(part.draws) for part in batch.split(2)] == [1, 1]

@@ -4,19 +4,22 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 
 import pytest
 import torch
 import yaml
 
-import imitate_ds.pretrain
 from imitate_ds import load_model
 from imitate_ds.config import load_run_config
 from imitate_ds.data.shards import load_index
 from imitate_ds.evaluate import evaluate_retrieval
 from imitate_ds.evaluation.validation import validate
-from imitate_ds.pretrain import _check_ranks_agree, _open_inputs, _with_operands, pretrain
+from imitate_ds.pretrain import _identity, _open_inputs, _with_operands, pretrain
+from imitate_ds.training import identity
+from imitate_ds.training.heart import STUCK
+from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
 
 GOLDEN_STEPS = 10
@@ -125,6 +128,63 @@ def test_killed_rank_then_resume_equals_the_undisturbed_run(run_file):
     assert {k: v for k, v in last.items() if "R@" in k} == {k: v for k, v in expected.items() if "R@" in k}
 
 
+def wait_for_step(folder, step, limit=200):
+    deadline = time.monotonic() + limit
+    while not (folder / "metrics.jsonl").exists() or not any(r["step"] >= step for r in records(folder)):
+        assert time.monotonic() < deadline, f"no step {step} after {limit} s"
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_three_ranks_go_on(run_file):
+    """In a model whose steps do not depend on how a batch is cut."""
+    steady = {"epochs": 3, "batch_norm": "freeze", "save_every": 100, "eval_every": 0, "global_batch_size": 36}
+    settings = ("--set", "model.projection_norm=layer", "--set", "optim.lr=1e-5")
+    path, undisturbed = run_file("undisturbed", train=steady)
+    run("imitate_ds.pretrain", "--config", str(path), *settings, ranks=1)
+    path, folder = run_file("drained", train=steady)
+    ranks = start("imitate_ds.pretrain", "--config", str(path), *settings)
+    wait_for_step(folder, 2)
+    ranks[1].send_signal(signal.SIGUSR1)
+    for status, output in finish(ranks):
+        assert status == 0, output[-2000:]
+    state = read_run_state(folder)
+    assert state["state"] == "drained"
+    assert state["reason"] == "a signal on another rank"
+    assert 2 < state["step"] < 15
+    assert [p.name for p in (folder / "checkpoints").glob("step-*")] == [f"step-{state['step']:08d}"]
+    assert not (folder / "export").exists()
+    assert (folder / "checkpoints").stat().st_mode & 0o077 == 0
+
+    zero_2 = ("--set", "train.resume=true", "--set", "train.deepspeed=zero2", "--set", "train.save_in_background=true")
+    run("imitate_ds.pretrain", "--config", str(path), *settings, *zero_2, ranks=3)
+    state = read_run_state(folder)
+    assert (state["state"], state["step"], state["restarts"], state["ranks"]) == ("finished", 15, 1, 3)
+    assert [r["step"] for r in records(folder)] == list(range(1, 16))
+    for found, wanted in zip(records(folder), records(undisturbed), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert {"lag_share", "slowest_rank", "skipped_samples", "bad_steps"} <= set(records(folder)[-1])
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(run_file):
+    path, folder = run_file("hanging", train={"timeout_s": 6, "epochs": 100, "eval_every": 0})
+    ranks = start("imitate_ds.pretrain", "--config", str(path))
+    wait_for_step(folder, 1)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        output = ranks[0].communicate(timeout=60)[0]
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == STUCK, output[-2000:]
+    assert "stuck for" in output
+    assert f"rank 1 ({socket.gethostname()}) was last heard of" in output
+    (failure,) = (folder / "failures").glob("rank-*.json")
+    record = json.loads(failure.read_text())
+    assert record["rank"] == 0
+    assert record["collectives"]
+    assert "stuck for" in record["error"]
+
+
 def test_two_ranks_in_chunks_equal_one_rank_with_the_whole_batch(run_file):
     """With a learned temperature, in a model whose steps do not depend on how a batch is cut, and whoever makes the views."""
     common = {"epochs": 1, "max_steps": 2, "eval_every": 0, "batch_norm": "freeze"}
@@ -181,13 +241,11 @@ def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_pa
 
 def test_ranks_that_were_given_different_runs_are_refused_alike(run_file, phantom_shards, monkeypatch):
     config = load_run_config(run_file("mixed")[0])
-    inputs = _open_inputs(config)
+    data = _identity(config, _open_inputs(config, None))
 
     def check(said_by_the_other):
-        monkeypatch.setattr(
-            imitate_ds.pretrain, "gather_objects", lambda mine: [mine, mine, {**mine, **said_by_the_other}]
-        )
-        _check_ranks_agree(config, inputs)
+        monkeypatch.setattr(identity, "gather_objects", lambda mine: [mine, mine, {**mine, **said_by_the_other}])
+        identity.check_ranks_agree(config, data)
 
     check({})
     with pytest.raises(ValueError, match=r"train\.log_every = 7 on rank 2: must be 1, as on rank 0"):
@@ -207,8 +265,15 @@ def test_operands_are_settled_before_the_run_begins(run_file):
 def test_one_clear_line_and_status_2(run_file):
     path, folder = run_file("refused")
     assert "did you mean lr?" in refusal(path, "optim.lrr=1")
-    assert "is not finite" in refusal(path, "optim.lr=1e30", "optim.warmup_share=0.0")
+    assert "is not finite" in refusal(path, "optim.lr=1e30", "optim.warmup_share=0.0", "train.max_bad_steps=1")
     assert not (folder / "checkpoints").exists()
+    first, second = sorted((folder / "bad_steps").glob("*.json"))
+    record = json.loads(second.read_text())
+    assert record["step"] == json.loads(first.read_text())["step"] + 1
+    assert len(record["ranks"][0]["keys"]) == 18
+    assert record["ranks"][0]["losses"]["loss"] in ("nan", "inf", "-inf")
+    assert read_run_state(folder)["state"] == "failed"
+    assert "train.max_bad_steps = 1" in read_run_state(folder)["reason"]
 
 
 def test_resume_refuses_another_run(run_file):

@@ -28,7 +28,7 @@ from imitate_ds.batch import Batch
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.batch_buffers import BatchBuffers
 from imitate_ds.data.shard_index import ShardIndex, open_index, write_atomic
-from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
+from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan, rank_rows
 from imitate_ds.data.shard_reader import Sample, ShardReader
 from imitate_ds.data.shard_sample import error_rule
 from imitate_ds.data.shard_store import UnreachableError
@@ -58,10 +58,10 @@ class Request(NamedTuple):
 class _TrainSet(Dataset):
     """A request -> its batch, in whichever process asks."""
 
-    def __init__(self, reader: ShardReader, plan: ShardPlan, config: RunConfig, rank: int):
+    def __init__(self, reader: ShardReader, plan: ShardPlan, config: RunConfig, first_row: int):
         self.reader = reader
         self.plan = plan
-        self.rank = rank
+        self.first_row = first_row  # of the global batch
         self.seed = config.seed
         self.max_skipped = config.data.max_skipped
         self.views = TrainViews(config.data.augment, config.data.input_size)
@@ -71,7 +71,7 @@ class _TrainSet(Dataset):
     def __getitem__(self, request: Request) -> tuple[Batch, list[Damaged], int | None]:
         """A packed batch, what was damaged in it, and the buffer that holds its views, which then are not in the batch."""
         step, rows, buffer = request
-        read = [self._read(step, self.rank * len(rows) + place, row) for place, row in enumerate(rows)]
+        read = [self._read(step, self.first_row + place, row) for place, row in enumerate(rows)]
         samples = [sample for sample, _, _ in read]
         seeds = [_view_seed(self.seed, where.visit, sample.key) for sample, where, _ in read]
         damaged = [found for _, _, several in read for found in several]
@@ -221,17 +221,20 @@ def build_train_loader(
     world_size: int,
     start_step: int = 0,
     stop_step: int,
+    global_batch_size: int = 0,
     folders: Sequence[ShardIndex] | None = None,
     record: Path | None = None,
 ) -> TrainBatches:
     """This rank's share of the global batches start_step .. stop_step - 1, two views of every sample.
+
+    global_batch_size: that of the run; 0: as config says for world_size ranks.
 
     A damaged sample is replaced by another one, logged by key, counted, and written to `record` (JSON lines) if given;
     above data.max_skipped damaged samples on a rank in one epoch, iterating raises RuntimeError.
     """
     data = config.data
     folders = folders or open_train_folders(data)
-    global_batch_size = config.train.micro_batch_size * world_size
+    global_batch_size = global_batch_size or config.train.studies_of(world_size)
     plan = build_train_plan(data, folders, seed=config.seed, global_batch_size=global_batch_size)
     for folder in folders:
         _check_cache(folder, data, plan)
@@ -243,7 +246,8 @@ def build_train_loader(
         may_lack_text=data.max_skipped > 0,
     )
     requests = _Requests(plan, reader, rank, world_size, range(start_step, stop_step))
-    return TrainBatches(_TrainSet(reader, plan, config, rank), requests, data.workers, record)
+    first_row = rank_rows(global_batch_size, rank, world_size).start
+    return TrainBatches(_TrainSet(reader, plan, config, first_row), requests, data.workers, record)
 
 
 def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
@@ -274,7 +278,7 @@ class _Requests:
 
     @property
     def rows(self) -> int:
-        return self.plan.global_batch_size // self.world_size
+        return len(rank_rows(self.plan.global_batch_size, self.rank, self.world_size))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -62,8 +62,8 @@ class ShardPlan:
             raise ValueError(
                 f"data.shards: {self.samples} training samples of {self._groups.max(initial=-1) + 1} studies in "
                 f"{len(self._shard_starts) - 1} shards, fewer than one global batch of {global_batch_size} "
-                "(train.micro_batch_size x ranks) may need, for none meets itself (data.apart); lower train.micro_batch_size, "
-                "use fewer ranks, raise a weight, or build more shards with 'imitate-ds shards build'"
+                "(train.global_batch_size, or train.micro_batch_size x ranks) may need, for none meets itself (data.apart); "
+                "lower it, raise a weight, or build more shards with 'imitate-ds shards build'"
             )
         self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
         self._substitutes: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -77,13 +77,8 @@ class ShardPlan:
 
     def rank_batch(self, step: int, rank: int, world_size: int) -> list[PlannedSample]:
         """This rank's contiguous slice of the step's global batch."""
-        if self.global_batch_size % world_size:
-            raise ValueError(
-                f"global batch size {self.global_batch_size}: must be divisible by the {world_size} ranks; "
-                "it is train.micro_batch_size x ranks"
-            )
-        size = self.global_batch_size // world_size
-        return self._planned(self._batch(step)[rank * size : (rank + 1) * size])
+        rows = rank_rows(self.global_batch_size, rank, world_size)
+        return self._planned(self._batch(step)[rows.start : rows.stop])
 
     def substitute(self, step: int, position: int, attempt: int) -> PlannedSample:
         """Who steps in for the damaged sample at a position of a step's global batch, at the 1st, 2nd, ... attempt.
@@ -173,6 +168,11 @@ class ShardPlan:
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
         rows = samples - self._shard_starts[shards]
         return list(map(PlannedSample, shards.tolist(), rows.tolist(), passes.tolist()))
+
+
+def rank_rows(global_batch_size: int, rank: int, world_size: int) -> range:
+    """Which rows of a global batch are a rank's: shares differ by one at most, whatever the number of ranks."""
+    return range(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
 
 
 class _Passes:

@@ -17,10 +17,20 @@ KS = (1, 5, 10)
 
 
 @torch.no_grad()
-def validate(engine: Any, config: RunConfig, folders: list[ShardIndex], text_encoder: str = "") -> dict[str, float]:
+def validate(
+    engine: Any,
+    config: RunConfig,
+    folders: list[ShardIndex],
+    text_encoder: str = "",
+    *,
+    batch_size: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
 
     engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
+    batch_size: studies at once on a rank; 0: train.micro_batch_size. stop: asked after every batch, must answer alike on all
+    ranks; where it says True, nothing is measured and None comes back.
     """
     here, device = world(), training_device()
     engine.module.eval()
@@ -28,7 +38,7 @@ def validate(engine: Any, config: RunConfig, folders: list[ShardIndex], text_enc
         [folder for folder in folders if config.data.val_split in folder.splits],
         config.data.val_split,
         input_size=config.data.input_size,
-        batch_size=config.train.micro_batch_size,
+        batch_size=batch_size or config.train.micro_batch_size,
         workers=config.data.workers,
         impression_text=config.data.impression_text,
         rank=here.rank,
@@ -40,6 +50,8 @@ def validate(engine: Any, config: RunConfig, folders: list[ShardIndex], text_enc
         rows = retrieval_rows(engine(batch.to(device)), batch) | {"key": key_numbers(batch.keys)}
         for name, tensor in rows.items():
             parts.setdefault(name, []).append(gather_rows(tensor.to(device)).cpu())
+        if stop():
+            return None
     whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
     first = first_of_each(whole.pop("key"))  # ranks fill up their last batch with repeats
     metrics: dict[str, float] = {}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,22 @@ def average_batch_norm_statistics(model: nn.Module) -> None:
             module.running_var.copy_(mean_over_ranks(module.running_var))
 
 
+def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
+    """A copy of all running statistics: a forward pass that overflows would spoil them for good."""
+    return [buffer.clone() for buffer in _running_statistics(model)]
+
+
+def restore_batch_norm_statistics(model: nn.Module, copies: list[Tensor]) -> None:
+    for buffer, copy in zip(_running_statistics(model), copies, strict=True):
+        buffer.copy_(copy)
+
+
+def _running_statistics(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            yield from module.buffers(recurse=False)
+
+
 @contextmanager
 def hold_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     """Forward passes in here leave running statistics and their counters alone; what they compute is the same."""
@@ -260,30 +276,43 @@ def _check_one_reduction(engine: Any, train: TrainConfig) -> None:
         )
 
 
-def take_step(engine: Any) -> Tensor | float:
-    """One optimizer step; returns the global norm of its gradient before clipping, still on the device."""
+class Step(NamedTuple):
+    norm: Tensor | float  # of the global gradient before clipping, still on the device
+    applied: bool  # False: the gradient was not finite on some rank, and no weight has moved on any
+
+
+def take_step(engine: Any) -> Step:
+    """One optimizer step, on all ranks or on none."""
     if engine.zero_optimization_stage() > 0:
+        skipped = engine.skipped_steps
         engine.step()
         norm = engine.get_global_grad_norm()
-        return float("nan") if norm is None else norm
+        return Step(float("nan") if norm is None else norm, engine.skipped_steps == skipped)
     # Without ZeRO DeepSpeed tells the norm in its fp16 and bf16 blocks only, and step() clears the gradients.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     scaler = engine.torch_autocast_z0_gradscaler
     norm = torch.nn.utils.get_total_norm(gradients) / (scaler.get_scale() if scaler else 1.0)
+    applied = scaler is not None or bool(norm.isfinite())  # one wait for the device; the scaler skips by itself
+    if not applied:
+        engine.module.zero_grad(set_to_none=True)  # the optimizer passes over what has no gradient
     engine.step()
     known = engine.get_global_grad_norm()
-    return norm if known is None else known
+    return Step(norm if known is None else known, applied)
 
 
 def loss_scale_state(engine: Any) -> dict[str, Any]:
-    """The loss scale of fp16 autocast without ZeRO, which DeepSpeed does not save; empty elsewhere."""
-    scaler = engine.torch_autocast_z0_gradscaler
-    return scaler.state_dict() if scaler else {}
+    """The loss scale of fp16 and what it counts, as JSON values; empty elsewhere."""
+    if scaler := engine.torch_autocast_z0_gradscaler:
+        return scaler.state_dict()
+    scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
 
 
 def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
-    if state:
+    if state and engine.torch_autocast_z0_gradscaler:
         engine.torch_autocast_z0_gradscaler.load_state_dict(state)
+    elif state:
+        vars(engine.optimizer.loss_scaler).update(state)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
@@ -291,16 +320,28 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state, by name."""
+    persistent = model.state_dict().keys()  # its values may be empty under ZeRO-3
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def whole_parameter(parameter: nn.Parameter, *, written: bool = False) -> Any:
+    """A context in which every rank sees all of a parameter; under ZeRO-3 a collective.
+
+    written: what the ranks write into it stays; under ZeRO-3 what rank 0 writes.
+    """
+    cut_up = hasattr(parameter, "ds_id")
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if written else None, enabled=cut_up)
+
+
 def full_state_dict(engine: Any) -> dict[str, Tensor]:
     """Every parameter and buffer, whole, on the CPU; a collective under ZeRO-3, so call it on all ranks.
 
     The weights the engine computes with, so that an export gives the engine's embeddings.
     """
-    module = engine.module
-    state: dict[str, Tensor] = {name: b.detach().cpu().clone() for name, b in module.named_buffers()}
-    persistent = set(module.state_dict().keys())
-    state = {name: b for name, b in state.items() if name in persistent}
-    for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+    state = {name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(engine.module).items()}
+    for name, parameter in engine.module.named_parameters():
+        with whole_parameter(parameter):
             state[name] = parameter.detach().cpu().clone()
     return state

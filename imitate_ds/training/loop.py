@@ -7,8 +7,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imitate_ds.distributed import max_over_ranks, mean_over_ranks, training_device, world
-from imitate_ds.training.engine import set_learning_rate, set_training_mode, take_step
+from imitate_ds.distributed import Pulse, max_over_ranks, mean_over_ranks, training_device, world
+from imitate_ds.flight import flight
+from imitate_ds.training.drain import Drain
+from imitate_ds.training.engine import (
+    Step,
+    batch_norm_statistics,
+    restore_batch_norm_statistics,
+    set_learning_rate,
+    set_training_mode,
+    take_step,
+)
+from imitate_ds.training.health import Watch, straggler
 from imitate_ds.training.monitor import Monitor, memory_mib
 
 
@@ -35,11 +45,21 @@ class StepOutput(NamedTuple):
 class LoopSettings(NamedTuple):
     seed: int
     total_steps: int
+    global_batch_size: int
     batch_norm: str  # resolved policy
-    skips_overflow: bool  # fp16: the step of an infinite gradient is skipped, so such a norm is no reason to stop
+    skips_overflow: bool  # fp16: a step without a finite gradient only lowers the loss scale
     log_every: int
     images_every: int
+    lowest_temperature: float  # of a temperature that is learned; 0: it is not
+
+
+class Calls(NamedTuple):
+    """What the loop asks of whoever runs it. All are called on every rank, in the same order."""
+
     pauses_at: Callable[[int], bool]  # after how many steps `pause` is called
+    pause: Callable[[int], None]  # evaluates and saves after so many steps
+    between: Callable[[], Mapping[str, float]]  # at every logged step; more numbers to log
+    skipped: Callable[[int, Movable, StepOutput, Step], None]  # a step that was not applied; may raise
 
 
 def train_steps(
@@ -49,55 +69,90 @@ def train_steps(
     learning_rate: Callable[[int], float],
     monitor: Monitor,
     settings: LoopSettings,
-    pause: Callable[[int], None],
-) -> None:
+    calls: Calls,
+    drain: Drain,
+) -> int | None:
     """Run one optimizer step for every batch: step_fn goes forward and backward, the engine steps.
 
-    `pause(done)` evaluates and saves, where settings.pauses_at says so.
+    Where some rank was asked to end (drain), all stop after the same step: returns how many steps are done then, None where
+    all are. A step whose gradient is not finite is skipped on all ranks.
 
-    Raises FloatingPointError for a loss or gradient that is not finite: found when logged, and before any pause, so
-    that nothing is saved after one.
+    Raises FloatingPointError for a loss that is not finite though its gradient is: found when logged, and before any pause,
+    so that nothing is saved after one.
     """
     device = training_device()
     set_training_mode(engine.module, settings.batch_norm)
-    clock = _Clock()
+    clock, pulse = _Clock(), Pulse()
+    log = _Log(monitor, settings, clock, calls.between)
     unsound = torch.zeros((), dtype=torch.bool, device=device)  # stays on the device between logged steps
+    done = None
     for batch in clock.waiting_for(batches):
         step = batch.step
+        flight.begin("forward and backward", step)
         # Random state is a function of the step, so a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + world().rank)
         set_learning_rate(engine, learning_rate(step))
+        statistics = batch_norm_statistics(engine.module)
         output = step_fn(batch.to(device))
-        norm = take_step(engine)
+        flight.begin("optimizer step")
+        taken = take_step(engine)
         done = step + 1
-        clock.samples += len(batch.keys) * world().size
-        unsound |= ~output.loss.isfinite()
-        if not settings.skips_overflow:
-            unsound |= ~torch.as_tensor(norm, device=device).isfinite()
-        pauses = settings.pauses_at(done)
+        clock.samples += settings.global_batch_size
+        if taken.applied:
+            unsound |= ~output.loss.isfinite()
+        else:
+            restore_batch_norm_statistics(engine.module, statistics)
+            if not settings.skips_overflow:
+                calls.skipped(step, batch, output, taken)
+        told = pulse.exchange(bool(drain.asked_by), flight.waited, clock.waited_for_data)
+        pauses = calls.pauses_at(done)
         if pauses or done % settings.log_every == 0:
             _check_sound(unsound, done, output)
         if done % settings.log_every == 0 or done == settings.total_steps:
-            steady = {"learning_rate": learning_rate(step), "gradient_norm": float(norm), **memory_mib(device)}
-            _log(output, steady, monitor, done, clock)
+            log.write(done, output, {"learning_rate": learning_rate(step), "gradient_norm": float(taken.norm)}, told)
         if settings.images_every and (step == 0 or done % settings.images_every == 0) and world().is_main:
             monitor.pictures(done, output.pictures())
         if pauses:
             with clock.paused():
-                pause(done)
+                calls.pause(done)
+        if told is not None and told[:, 0].any() and done < settings.total_steps:
+            pulse.last()
+            return done
+        flight.begin("waiting for data")
+    pulse.last()
+    return None
 
 
-def _log(output: StepOutput, steady: dict[str, float], monitor: Monitor, done: int, clock: "_Clock") -> None:
-    """One trip to the host for everything that is logged."""
-    names = sorted(output.scalars)
-    values = mean_over_ranks(torch.stack([output.scalars[name].float() for name in names])).tolist()
-    scalars = dict(zip(names, values, strict=True))
-    rate, waiting = clock.read()
-    scalars |= {**steady, "studies_per_second": rate, "data_wait_share": max_over_ranks(waiting)}
-    monitor.scalars(done, scalars, split="train")
-    losses = {name: scalars[name] for name in ("loss", *names) if name == "loss" or (scalars[name] and "/" not in name)}
-    losses.pop("temperature", None)
-    monitor.progress(done, {**losses, "studies/s": rate, "lr": scalars["learning_rate"]})
+class _Log:
+    """What is logged of a step, and what is said of it."""
+
+    def __init__(
+        self, monitor: Monitor, settings: LoopSettings, clock: "_Clock", between: Callable[[], Mapping[str, float]]
+    ):
+        self.monitor, self.clock, self.between = monitor, clock, between
+        self.watch = Watch(settings.lowest_temperature)
+        self._told: Tensor | None = None
+
+    def write(self, done: int, output: StepOutput, steady: dict[str, float], told: Tensor | None) -> None:
+        """One trip to the host for everything that is logged."""
+        names = sorted(output.scalars)
+        values = mean_over_ranks(torch.stack([output.scalars[name].float() for name in names])).tolist()
+        scalars = dict(zip(names, values, strict=True))
+        rate, waiting, seconds = self.clock.read()
+        scalars |= {**steady, **memory_mib(training_device())}
+        scalars |= {"studies_per_second": rate, "data_wait_share": max_over_ranks(waiting), **self.between()}
+        if told is not None:
+            if self._told is not None:
+                scalars |= straggler(self._told[:, 1:], told[:, 1:], seconds)
+            self._told = told
+        self.monitor.scalars(done, scalars, split="train")
+        for warning in self.watch.warnings(scalars):
+            self.monitor.warn(done, warning)
+        losses = {
+            name: scalars[name] for name in ("loss", *names) if name == "loss" or (scalars[name] and "/" not in name)
+        }
+        losses.pop("temperature", None)
+        self.monitor.progress(done, {**losses, "studies/s": rate, "lr": scalars["learning_rate"]})
 
 
 def _check_sound(unsound: Tensor, done: int, output: StepOutput) -> None:
@@ -106,9 +161,8 @@ def _check_sound(unsound: Tensor, done: int, output: StepOutput) -> None:
         return
     bad = [name for name, value in output.scalars.items() if not value.isfinite().all()]
     raise FloatingPointError(
-        f"step {done}: {', '.join(bad) or 'the gradient'} is not finite (or was, since the last look); lower optim.lr, or "
-        "use train.precision: fp32 to see whether it is the precision. Every checkpoint is from before it: "
-        "--set train.resume=true goes on from the newest"
+        f"step {done}: {', '.join(bad) or 'the loss'} is not finite (or was, since the last look), though its gradient is; "
+        "please report this. Every checkpoint is from before it: --set train.resume=true goes on from the newest"
     )
 
 
@@ -116,17 +170,19 @@ class _Clock:
     """Studies per second and the share of time spent waiting for data since the last reading, pauses left out."""
 
     def __init__(self) -> None:
+        self.waited_for_data = 0.0  # seconds since the start
         self._reset()
 
     def _reset(self) -> None:
-        self.began, self.samples, self.waited, self.pauses = time.perf_counter(), 0, 0.0, 0.0
+        self.began, self.samples, self.pauses = time.perf_counter(), 0, 0.0
+        self.waited_before = self.waited_for_data
 
     def waiting_for(self, batches: Iterable[Movable]) -> Iterable[Movable]:
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
             batch = next(iterator, None)
-            self.waited += time.perf_counter() - asked
+            self.waited_for_data += time.perf_counter() - asked
             if batch is None:
                 return
             yield batch
@@ -134,11 +190,12 @@ class _Clock:
     def paused(self) -> "_Pause":
         return _Pause(self)
 
-    def read(self) -> tuple[float, float]:
+    def read(self) -> tuple[float, float, float]:
+        """Studies per second, share of the time waiting for data, and how many seconds that was."""
         elapsed = max(1e-9, time.perf_counter() - self.began - self.pauses)
-        rate, waiting = self.samples / elapsed, min(1.0, self.waited / elapsed)
+        rate, waiting = self.samples / elapsed, min(1.0, (self.waited_for_data - self.waited_before) / elapsed)
         self._reset()
-        return rate, waiting
+        return rate, waiting, elapsed
 
 
 class _Pause:

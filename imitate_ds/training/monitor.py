@@ -48,6 +48,12 @@ class Monitor:
         if self.speaks:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, step: int, text: str) -> None:
+        """Something that a person should look at: on the console, and on TensorBoard's text page."""
+        if self.speaks:
+            self.say(f"step {step}: WARNING: {text}")
+            self.writer.add_text("warnings", text, step)
+
     def scalars(self, step: int, values: Mapping[str, float], *, split: str) -> None:
         """Write numbers of one step, to TensorBoard as split/name and to metrics.jsonl."""
         if not self.speaks:

@@ -15,7 +15,8 @@ from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, Tempera
 from imitate_ds.distributed import barrier, init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
+from imitate_ds.training.checkpoint_files import Keep
 from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
 from imitate_ds.training.grad_cache import backward_in_chunks
 
@@ -85,11 +86,11 @@ def train(
             return terms.total, terms
 
         if chunk:
-            loss = backward_in_chunks(engine, batch.split(chunk), Features.join, loss_of)[1].total
+            loss = backward_in_chunks(engine, batch.split(len(batch.keys) // chunk), Features.join, loss_of)[1].total
         else:
             loss = loss_of(engine(batch))[0]
             engine.backward(loss)
-        norms.append(float(take_step(engine)))
+        norms.append(float(take_step(engine).norm))
         losses.append(loss.item())
     return losses, norms
 
@@ -101,7 +102,7 @@ def main(out: Path) -> None:
         engine = build_engine(build_model(), train_config(stage), OPTIM)
         folder = out / f"zero{stage}"
         losses, norms = train(engine, here.rank, here.size, range(2))
-        save_checkpoint(engine, folder, 2, {"step": 2}, keep_last=2)
+        Checkpoints(folder, Keep(last=2)).save(engine, 2, {"step": 2})
         more = train(engine, here.rank, here.size, range(2, STEPS))
         state = full_state_dict(engine)
         engine.eval()
