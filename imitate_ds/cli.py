@@ -39,6 +39,18 @@ def pretrain(
     pretrain_main(["--config", str(config), *(part for item in override or [] for part in ("--set", item))])
 
 
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    step: Annotated[int, typer.Option(help="Counted from 0, as in RUN/bad_steps.")],
+    precision: Annotated[str, typer.Option(help="Another one than the run's: fp32, bf16 or fp16.")] = "",
+) -> None:
+    """Do one step of a run again, from the weights it began with, to see what went wrong in it."""
+    from imitate_ds.replay import main as replay_main
+
+    replay_main(run, step, precision)
+
+
 @shards_app.command("build")
 def shards_build(
     source: Annotated[str | None, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")] = None,

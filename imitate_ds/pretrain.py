@@ -1,80 +1,56 @@
 """Pre-training, the main entrance: `deepspeed --module imitate_ds.pretrain --config RUN.yaml [--set key=value ...]`."""
 
 import argparse
-import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from imitate_ds import hub
-from imitate_ds.batch import Batch, Features, Losses
 from imitate_ds.config import RunConfig, dump_run_config, flat_settings, load_run_config
-from imitate_ds.data.loader import build_train_loader, build_train_plan, open_train_folders
-from imitate_ds.data.shard_index import ShardIndex
-from imitate_ds.data.shard_plan import PLAN, rank_rows
-from imitate_ds.data.text_cache import fetch_encoder, text_info
+from imitate_ds.data.loader import build_train_loader
+from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import (
     from_main,
     init_world,
     leave_world,
     max_over_ranks,
-    node_count,
-    training_device,
     world,
 )
 from imitate_ds.evaluation.validation import validate
 from imitate_ds.flight import flight
-from imitate_ds.models.image_encoder import synchronise_batch_norm
-from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.objective import exchange_texts, imitate_loss
-from imitate_ds.ops.contrastive import choose_backend
+from imitate_ds.recipe import (
+    Horizon,
+    Inputs,
+    build_model,
+    export,
+    open_inputs,
+    run_identity,
+    sources_of,
+    train_step,
+    with_operands,
+)
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
 from imitate_ds.training.drain import Drain, listening
 from imitate_ds.training.engine import (
     Step,
     average_batch_norm_statistics,
-    batch_norm_policy,
     build_engine,
-    full_state_dict,
     set_training_mode,
 )
-from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
-from imitate_ds.training.identity import check_ranks_agree, check_same_run, identity
+from imitate_ds.training.identity import check_ranks_agree, check_same_run
 from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.run_state import read_run_state, write_run_state
 from imitate_ds.training.schedule import learning_rate, restart_period
 
-
-class Horizon(NamedTuple):
-    """How long a run is, in optimizer steps."""
-
-    samples: int
-    global_batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-
-
-class Inputs(NamedTuple):
-    """What a run is made from, opened and checked before anything is built."""
-
-    folders: list[ShardIndex]
-    text_encoder: str  # fingerprint
-    text_width: int
-    horizon: Horizon
-    batch_norm: str  # resolved policy
-    nodes: int
+# Raised by ourselves at the door and in the loop; their subclasses come from libraries, and get their traceback.
+EXPECTED = {ValueError, FileNotFoundError, FileExistsError, PermissionError, OSError, FloatingPointError}
 
 
 class Run(NamedTuple):
@@ -96,24 +72,25 @@ def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
     Where a rank was asked to end (drain), all stop after the same step, with a checkpoint of it and nothing exported.
     """
     here = init_world(config.train.timeout_s)
-    config = _with_operands(config)
+    config = with_operands(config)
     _check_name_is_free(config)
     checkpoint = find_checkpoint(_checkpoint_folder(config)) if config.train.resume else None
-    inputs = _open_inputs(config, checkpoint)
-    check_ranks_agree(config, _identity(config, inputs))
+    inputs = open_inputs(config, checkpoint)
+    check_ranks_agree(config, run_identity(config, inputs))
     if checkpoint:
-        check_same_run(_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
+        check_same_run(run_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
     heart = Heart(config.run_dir, config.train.timeout_s)
     try:
         flight.begin("building the model")
-        engine = build_engine(_build_model(config, inputs), config.train, config.optim)
+        engine = build_engine(build_model(config, inputs), config.train, config.optim)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
             _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
         _tell(config, inputs, "running", state["step"])
         metrics = _train(engine, config, inputs, state, drain or Drain())
     except BaseException as error:
-        _tell(config, inputs, "failed", flight.step, reason=str(error).partition("\n")[0])
+        status = 2 if type(error) in EXPECTED else 1
+        _tell(config, inputs, "failed", flight.step, reason=str(error).partition("\n")[0], status=status)
         if here.size > 1 and isinstance(error, RuntimeError):  # of a collective, whose partner may have died
             heart.report_failure(error)
         raise
@@ -157,7 +134,7 @@ def _train(engine: Any, config: RunConfig, inputs: Inputs, state: dict[str, Any]
         return {"bad_steps": bad_steps.count, "skipped_samples": batches.skipped.total()}
 
     def skipped(step: int, batch: Movable, output: StepOutput, taken: Step) -> None:
-        at = {"step": step, "identity": _identity(config, inputs)}
+        at = {"step": step, "identity": run_identity(config, inputs)}
         bad_steps.note(engine, step, batch.keys, output.scalars, taken.norm, at)
         monitor.warn(step + 1, "the gradient is not finite; the step was skipped")
 
@@ -174,7 +151,7 @@ def _train(engine: Any, config: RunConfig, inputs: Inputs, state: dict[str, Any]
         if state.get("validation_due") or (start_step and start_step == horizon.total_steps):
             _validate(run, start_step)  # the run ended before it could, or had ended; say again how it stands
         stopped_at = train_steps(
-            engine, batches, partial(_step, engine, config, views), rate, monitor, settings, calls, drain
+            engine, batches, partial(train_step, engine, config, views), rate, monitor, settings, calls, drain
         )
         if stopped_at is None:
             _finish(run)
@@ -205,8 +182,11 @@ def _drain(run: Run, done: int) -> None:
     _tell(run.config, run.inputs, "drained", done, reason=reason)
 
 
-def _tell(config: RunConfig, inputs: Inputs, state: str, step: int, reason: str = "") -> None:
-    """Write state.json, on rank 0. A failure of any rank ends the run, so rank 0 comes to tell it too."""
+def _tell(config: RunConfig, inputs: Inputs, state: str, step: int, reason: str = "", status: int = 0) -> None:
+    """Write state.json, on rank 0. A failure of any rank ends the run, so rank 0 comes to tell it too.
+
+    status: how the process will exit; 2 says that to start it again as it is would not help.
+    """
     if not world().is_main:
         return
     started = {}
@@ -216,109 +196,10 @@ def _tell(config: RunConfig, inputs: Inputs, state: str, step: int, reason: str 
     try:
         horizon = inputs.horizon
         totals = {"total_steps": horizon.total_steps, "global_batch_size": horizon.global_batch_size}
-        write_run_state(config.run_dir, state, step=step, reason=reason, **totals, **started)  # type: ignore[arg-type]
+        write_run_state(config.run_dir, state, step=step, reason=reason, status=status, **totals, **started)  # type: ignore[arg-type]
     except OSError:
         if state != "failed":  # there, what went wrong is on its way to the user already
             raise
-
-
-def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
-    """Write run_dir/export: weights and configuration that `imitate_ds.load_model` reads. A collective."""
-    average_batch_norm_statistics(engine.module)
-    state = full_state_dict(engine)
-    if not world().is_main:
-        return
-    first = inputs.folders[0]
-    if (now := text_info(first)["encoder"]) != inputs.text_encoder:
-        raise RuntimeError(
-            f"data.shards = '{first.root}': embedded anew during the run (encoder {now}, the run began with "
-            f"{inputs.text_encoder}); embed with the first one again and go on with --set train.resume=true"
-        )
-    empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
-    model = _model(config.model_copy(update={"model": empty}), inputs)
-    model.load_state_dict(state)
-    horizon = inputs.horizon
-    card = {
-        "data": _sources(inputs),
-        "synthetic": all(folder.synthetic for folder in inputs.folders),
-        "image_size": first.image_size,
-        "build_id": " ".join(folder.build_id for folder in inputs.folders),
-        "train_split": config.data.train_split,
-        "samples": horizon.samples,
-        "steps": horizon.total_steps,
-        "global_batch_size": horizon.global_batch_size,
-    }
-    encoder = fetch_encoder(first)
-    hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
-
-
-def _sources(inputs: Inputs) -> str:
-    return " + ".join(dict.fromkeys(folder.source for folder in inputs.folders))
-
-
-def _with_operands(config: RunConfig) -> RunConfig:
-    """objective.operands with `auto` resolved: float16 where that is faster and the run does not insist on float32.
-
-    Raises ValueError for an objective.backend that this device has not, before anything is opened.
-    """
-    try:
-        choose_backend(config.objective.backend, training_device(), samples=1)
-    except ValueError as error:
-        raise ValueError(f"objective.{error}") from None
-    if config.objective.operands != "auto":
-        return config
-    half = training_device().type == "cuda" and config.train.precision != "fp32"
-    objective = config.objective.model_copy(update={"operands": "fp16" if half else "fp32"})
-    return config.model_copy(update={"objective": objective})
-
-
-def _open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
-    """Raises ValueError or FileNotFoundError naming the setting. A collective."""
-    folders = open_train_folders(config.data)
-    if config.data.val_split and config.train.eval_every:
-        _check_val_split(config, folders)
-    info = text_info(folders[0])
-    global_batch_size = _global_batch_size(config, checkpoint)
-    plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=global_batch_size)
-    total = plan.steps_per_epoch * config.train.epochs
-    total = min(total, config.train.max_steps or total)
-    horizon = Horizon(plan.samples, global_batch_size, plan.steps_per_epoch, total)
-    policy = batch_norm_policy(config.train, training_device())
-    return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count())
-
-
-def _global_batch_size(config: RunConfig, checkpoint: Path | None) -> int:
-    """Of the run: as many studies a step as it began with, whatever the number of ranks is now."""
-    ranks = world().size
-    wanted = config.train.studies_of(ranks)
-    if checkpoint and not config.train.global_batch_size:
-        wanted = read_state(checkpoint)["identity"]["global batch size"]
-    if wanted < 2 * ranks:
-        raise ValueError(
-            f"train.global_batch_size = {wanted}: must be at least 2 for each of {ranks} ranks; raise it, or use fewer ranks"
-        )
-    return wanted
-
-
-def _check_val_split(config: RunConfig, folders: list[ShardIndex]) -> None:
-    splits = sorted({split for folder in folders for split in folder.splits})
-    if config.data.val_split not in splits:
-        where = ", ".join(part.shards for part in config.data.shards)
-        raise ValueError(
-            f"data.val_split = {config.data.val_split!r}: '{where}' has {', '.join(splits)}; name one of "
-            "them, or train without validation: --set data.val_split="
-        )
-
-
-def _build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
-    torch.manual_seed(config.seed)
-    model = _model(config, inputs)
-    return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
-
-
-def _model(config: RunConfig, inputs: Inputs) -> ImitateModel:
-    size, temperature = config.data.input_size, config.objective.temperature
-    return ImitateModel(config.model, inputs.text_width, input_size=size, temperature=temperature)
 
 
 def _checkpoint_folder(config: RunConfig) -> Path:
@@ -337,17 +218,6 @@ def _check_name_is_free(config: RunConfig) -> None:
             f"name = {config.name!r}: {config.run_dir} already holds checkpoints; go on with "
             "--set train.resume=true, or choose another name"
         )
-
-
-def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    data = {
-        "global batch size": inputs.horizon.global_batch_size,
-        "shards": " ".join(folder.build_id for folder in inputs.folders),
-        "weights of shards": [part.weight for part in config.data.shards],
-        "version of the plan": PLAN,
-        "text encoder": inputs.text_encoder,
-    }
-    return identity(config, data)
 
 
 def _saves_at(done: int, config: RunConfig, horizon: Horizon) -> bool:
@@ -408,63 +278,9 @@ def _save(run: Run, done: int, *, validation_due: bool = False) -> None:
         # Every random number is a function of the seed and the step (loop.py, data/loader.py): these two are their state.
         "random": {"seed": run.config.seed, "step": done},
         "config": run.config.model_dump(mode="json"),
-        "identity": _identity(run.config, run.inputs),
+        "identity": run_identity(run.config, run.inputs),
     }
     run.checkpoints.save(run.engine, done, state)
-
-
-def _step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:
-    """Forward and backward of one step, and how well the micro-batch retrieves itself."""
-    if batch.draws is not None:
-        batch = batch._replace(images=views(batch.images[:, 0], batch.draws), draws=None)
-    features, losses = _forward_and_backward(engine, config, batch)
-    scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
-    learned, constant = features.temperature, losses.total.new_full((), config.objective.temperature.init)
-    scalars["temperature"] = constant if learned is None else learned.squeeze()
-    similarity = _similarities(features)
-    for level, matrix in similarity.items():
-        hits = matrix.argmax(dim=1) == torch.arange(len(matrix), device=matrix.device)
-        scalars[f"in_batch_accuracy/{level}"] = hits.float().mean()
-    scalars = {name: value.detach() for name, value in scalars.items()}
-    return StepOutput(scalars["loss"], scalars, partial(_pictures, batch, similarity))
-
-
-def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple[Features, Losses]:
-    """The whole batch at once, or in chunks (train.grad_cache_chunk) to the same loss."""
-    texts = exchange_texts(batch, config.objective)  # on their way while the encoder runs
-
-    def loss_of(features: Features) -> tuple[Tensor, Losses]:
-        losses = imitate_loss(features, batch, config.objective, texts)
-        return losses.total, losses
-
-    if (parts := _chunks(config, batch)) > 1:
-        return backward_in_chunks(engine, batch.split(parts), Features.join, loss_of)
-    features = engine(batch)
-    total, losses = loss_of(features)
-    engine.backward(total)
-    return features, losses
-
-
-def _chunks(config: RunConfig, batch: Batch) -> int:
-    """In how many parts a batch passes the encoder: the same number on ranks that hold one study more or less."""
-    most = max_over_ranks(len(batch.keys)) if config.train.grad_cache_chunk else 0
-    return math.ceil(most / config.train.grad_cache_chunk) if most else 1
-
-
-def _similarities(features: Features) -> dict[str, Tensor]:
-    """Cosine of every image (first view) with every text of the micro-batch, by level, [B, B]."""
-    pairs = {"impression": (features.image_impression, features.text_impression)}
-    if features.image_findings is not None:
-        pairs["findings"] = (features.image_findings, features.text_findings)
-    return {level: image[:, 0].detach() @ text.detach().T for level, (image, text) in pairs.items()}
-
-
-def _pictures(batch: Batch, similarity: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Similarity matrices, and the two views of the first eight studies one above the other."""
-    pictures = {f"similarity/{level}": (matrix[None] + 1) / 2 for level, matrix in similarity.items()}
-    views = batch.images[:8]  # [8, V, 1, H, W]
-    pictures["views"] = torch.cat([torch.cat(list(study), dim=-2) for study in views], dim=-1)
-    return pictures
 
 
 def _describe(config: RunConfig, inputs: Inputs, start_step: int) -> str:
@@ -472,7 +288,7 @@ def _describe(config: RunConfig, inputs: Inputs, start_step: int) -> str:
     kind = " (synthetic)" if all(folder.synthetic for folder in inputs.folders) else ""
     start = f", resuming at step {start_step}" if start_step else ""
     return (
-        f"{config.name}: {horizon.samples} studies of {_sources(inputs)}{kind}, {config.model.image_encoder}, "
+        f"{config.name}: {horizon.samples} studies of {sources_of(inputs)}{kind}, {config.model.image_encoder}, "
         f"{world().size} rank(s) on {inputs.nodes} node(s), batch {horizon.global_batch_size}, "
         f"{horizon.total_steps} steps of {config.train.epochs} epoch(s){start}"
     )
@@ -503,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
             pretrain(config, drain)
         status = 0
     except (ValueError, OSError, FloatingPointError) as error:
-        if type(error) in _EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):
+        if type(error) in EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):
             status = 2
             print(f"imitate_ds.pretrain: rank {rank}: {error}\n(IMITATE_DS_TRACEBACK=1 shows where)", file=sys.stderr)
         else:
@@ -512,10 +328,6 @@ def main(arguments: list[str] | None = None) -> None:
         if status == 1:
             traceback.print_exc()
         leave_world(status)
-
-
-# Raised by ourselves at the door and in the loop; their subclasses come from libraries, and get their traceback.
-_EXPECTED = {ValueError, FileNotFoundError, FileExistsError, PermissionError, OSError, FloatingPointError}
 
 
 if __name__ == "__main__":

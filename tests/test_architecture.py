@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed", "flight"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
+    "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
     "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
 }
-ENTRANCES = {"pretrain", "finetune", "evaluate", "cli"}
+ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "cli"}
 
 # third-party package -> the only modules that may import it
 ONLY_IN = {

@@ -5,7 +5,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from imitate_ds.config import load_run_config
 from imitate_ds.data.shards import load_index
 from imitate_ds.evaluate import evaluate_retrieval
 from imitate_ds.evaluation.validation import validate
-from imitate_ds.pretrain import _identity, _open_inputs, _with_operands, pretrain
+from imitate_ds.pretrain import pretrain
+from imitate_ds.recipe import open_inputs, run_identity, with_operands
 from imitate_ds.training import identity
 from imitate_ds.training.heart import STUCK
 from imitate_ds.training.run_state import read_run_state
@@ -241,7 +245,7 @@ def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_pa
 
 def test_ranks_that_were_given_different_runs_are_refused_alike(run_file, phantom_shards, monkeypatch):
     config = load_run_config(run_file("mixed")[0])
-    data = _identity(config, _open_inputs(config, None))
+    data = run_identity(config, open_inputs(config, None))
 
     def check(said_by_the_other):
         monkeypatch.setattr(identity, "gather_objects", lambda mine: [mine, mine, {**mine, **said_by_the_other}])
@@ -257,9 +261,9 @@ def test_ranks_that_were_given_different_runs_are_refused_alike(run_file, phanto
 def test_operands_are_settled_before_the_run_begins(run_file):
     config = load_run_config(run_file("operands")[0], ["train.precision=bf16"])
     assert config.objective.operands == "auto"
-    assert _with_operands(config).objective.operands == "fp32"  # no CUDA here
+    assert with_operands(config).objective.operands == "fp32"  # no CUDA here
     asked = load_run_config(run_file("operands")[0], ["objective.operands=fp16"])
-    assert _with_operands(asked) == asked
+    assert with_operands(asked) == asked
 
 
 def test_one_clear_line_and_status_2(run_file):
@@ -274,6 +278,17 @@ def test_one_clear_line_and_status_2(run_file):
     assert record["ranks"][0]["losses"]["loss"] in ("nan", "inf", "-inf")
     assert read_run_state(folder)["state"] == "failed"
     assert "train.max_bad_steps = 1" in read_run_state(folder)["reason"]
+    assert read_run_state(folder)["status"] == 2
+
+    command = [str(Path(sys.executable).with_name("imitate-ds")), "replay", str(folder), "--step"]
+    again = subprocess.run([*command, str(record["step"])], capture_output=True, text=True, check=True).stdout
+    assert f"step {record['step']}, 18 studies" in again
+    assert set(record["ranks"][0]["keys"]) <= set(again.split())
+    assert "gradient norm nan" in again or "gradient norm inf" in again
+    assert "as computed: image_encoder" in again
+    refused = subprocess.run([*command, "7"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"has the weights of steps {record['step']}" in refused.stderr
 
 
 def test_resume_refuses_another_run(run_file):

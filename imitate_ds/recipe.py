@@ -1,0 +1,216 @@
+"""What a pre-training run is made of: its inputs, its model, one step of it, and what it leaves.
+
+Between the rooms below and the entrances: `pretrain` does many steps, `replay` one of them again.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imitate_ds import hub
+from imitate_ds.batch import Batch, Features, Losses
+from imitate_ds.config import RunConfig
+from imitate_ds.data.loader import build_train_plan, open_train_folders
+from imitate_ds.data.shard_index import ShardIndex
+from imitate_ds.data.shard_plan import PLAN
+from imitate_ds.data.text_cache import fetch_encoder, text_info
+from imitate_ds.data.transforms import TrainViews
+from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
+from imitate_ds.models.image_encoder import synchronise_batch_norm
+from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.objective import exchange_texts, imitate_loss
+from imitate_ds.ops.contrastive import choose_backend
+from imitate_ds.training.checkpoint import read_state
+from imitate_ds.training.engine import average_batch_norm_statistics, batch_norm_policy, full_state_dict
+from imitate_ds.training.grad_cache import backward_in_chunks
+from imitate_ds.training.identity import identity
+from imitate_ds.training.loop import StepOutput
+
+
+class Horizon(NamedTuple):
+    """How long a run is, in optimizer steps."""
+
+    samples: int
+    global_batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+class Inputs(NamedTuple):
+    """What a run is made from, opened and checked before anything is built."""
+
+    folders: list[ShardIndex]
+    text_encoder: str  # fingerprint
+    text_width: int
+    horizon: Horizon
+    batch_norm: str  # resolved policy
+    nodes: int
+
+
+def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
+    """Raises ValueError or FileNotFoundError naming the setting. A collective."""
+    folders = open_train_folders(config.data)
+    if config.data.val_split and config.train.eval_every:
+        _check_val_split(config, folders)
+    info = text_info(folders[0])
+    global_batch_size = _global_batch_size(config, checkpoint)
+    plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=global_batch_size)
+    total = plan.steps_per_epoch * config.train.epochs
+    total = min(total, config.train.max_steps or total)
+    horizon = Horizon(plan.samples, global_batch_size, plan.steps_per_epoch, total)
+    policy = batch_norm_policy(config.train, training_device())
+    return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count())
+
+
+def _global_batch_size(config: RunConfig, checkpoint: Path | None) -> int:
+    """Of the run: as many studies a step as it began with, whatever the number of ranks is now."""
+    ranks = world().size
+    wanted = config.train.studies_of(ranks)
+    if checkpoint and not config.train.global_batch_size:
+        wanted = read_state(checkpoint)["identity"]["global batch size"]
+    if wanted < 2 * ranks:
+        raise ValueError(
+            f"train.global_batch_size = {wanted}: must be at least 2 for each of {ranks} ranks; raise it, or use fewer ranks"
+        )
+    return wanted
+
+
+def _check_val_split(config: RunConfig, folders: list[ShardIndex]) -> None:
+    splits = sorted({split for folder in folders for split in folder.splits})
+    if config.data.val_split not in splits:
+        where = ", ".join(part.shards for part in config.data.shards)
+        raise ValueError(
+            f"data.val_split = {config.data.val_split!r}: '{where}' has {', '.join(splits)}; name one of "
+            "them, or train without validation: --set data.val_split="
+        )
+
+
+def with_operands(config: RunConfig) -> RunConfig:
+    """objective.operands with `auto` resolved: float16 where that is faster and the run does not insist on float32.
+
+    Raises ValueError for an objective.backend that this device has not, before anything is opened.
+    """
+    try:
+        choose_backend(config.objective.backend, training_device(), samples=1)
+    except ValueError as error:
+        raise ValueError(f"objective.{error}") from None
+    if config.objective.operands != "auto":
+        return config
+    half = training_device().type == "cuda" and config.train.precision != "fp32"
+    objective = config.objective.model_copy(update={"operands": "fp16" if half else "fp32"})
+    return config.model_copy(update={"objective": objective})
+
+
+def run_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    data = {
+        "global batch size": inputs.horizon.global_batch_size,
+        "shards": " ".join(folder.build_id for folder in inputs.folders),
+        "weights of shards": [part.weight for part in config.data.shards],
+        "version of the plan": PLAN,
+        "text encoder": inputs.text_encoder,
+    }
+    return identity(config, data)
+
+
+def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+    torch.manual_seed(config.seed)
+    model = _model(config, inputs)
+    return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
+
+
+def _model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+    size, temperature = config.data.input_size, config.objective.temperature
+    return ImitateModel(config.model, inputs.text_width, input_size=size, temperature=temperature)
+
+
+def train_step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:
+    """Forward and backward of one step, and how well the micro-batch retrieves itself."""
+    if batch.draws is not None:
+        batch = batch._replace(images=views(batch.images[:, 0], batch.draws), draws=None)
+    features, losses = _forward_and_backward(engine, config, batch)
+    scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
+    learned, constant = features.temperature, losses.total.new_full((), config.objective.temperature.init)
+    scalars["temperature"] = constant if learned is None else learned.squeeze()
+    similarity = _similarities(features)
+    for level, matrix in similarity.items():
+        hits = matrix.argmax(dim=1) == torch.arange(len(matrix), device=matrix.device)
+        scalars[f"in_batch_accuracy/{level}"] = hits.float().mean()
+    scalars = {name: value.detach() for name, value in scalars.items()}
+    return StepOutput(scalars["loss"], scalars, partial(_pictures, batch, similarity))
+
+
+def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple[Features, Losses]:
+    """The whole batch at once, or in chunks (train.grad_cache_chunk) to the same loss."""
+    texts = exchange_texts(batch, config.objective)  # on their way while the encoder runs
+
+    def loss_of(features: Features) -> tuple[Tensor, Losses]:
+        losses = imitate_loss(features, batch, config.objective, texts)
+        return losses.total, losses
+
+    if (parts := _chunks(config, batch)) > 1:
+        return backward_in_chunks(engine, batch.split(parts), Features.join, loss_of)
+    features = engine(batch)
+    total, losses = loss_of(features)
+    engine.backward(total)
+    return features, losses
+
+
+def _chunks(config: RunConfig, batch: Batch) -> int:
+    """In how many parts a batch passes the encoder: the same number on ranks that hold one study more or less."""
+    most = max_over_ranks(len(batch.keys)) if config.train.grad_cache_chunk else 0
+    return math.ceil(most / config.train.grad_cache_chunk) if most else 1
+
+
+def _similarities(features: Features) -> dict[str, Tensor]:
+    """Cosine of every image (first view) with every text of the micro-batch, by level, [B, B]."""
+    pairs = {"impression": (features.image_impression, features.text_impression)}
+    if features.image_findings is not None:
+        pairs["findings"] = (features.image_findings, features.text_findings)
+    return {level: image[:, 0].detach() @ text.detach().T for level, (image, text) in pairs.items()}
+
+
+def _pictures(batch: Batch, similarity: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Similarity matrices, and the two views of the first eight studies one above the other."""
+    pictures = {f"similarity/{level}": (matrix[None] + 1) / 2 for level, matrix in similarity.items()}
+    views = batch.images[:8]  # [8, V, 1, H, W]
+    pictures["views"] = torch.cat([torch.cat(list(study), dim=-2) for study in views], dim=-1)
+    return pictures
+
+
+def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
+    """Write run_dir/export: weights and configuration that `imitate_ds.load_model` reads. A collective."""
+    average_batch_norm_statistics(engine.module)
+    state = full_state_dict(engine)
+    if not world().is_main:
+        return
+    first = inputs.folders[0]
+    if (now := text_info(first)["encoder"]) != inputs.text_encoder:
+        raise RuntimeError(
+            f"data.shards = '{first.root}': embedded anew during the run (encoder {now}, the run began with "
+            f"{inputs.text_encoder}); embed with the first one again and go on with --set train.resume=true"
+        )
+    empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
+    model = _model(config.model_copy(update={"model": empty}), inputs)
+    model.load_state_dict(state)
+    horizon = inputs.horizon
+    card = {
+        "data": sources_of(inputs),
+        "synthetic": all(folder.synthetic for folder in inputs.folders),
+        "image_size": first.image_size,
+        "build_id": " ".join(folder.build_id for folder in inputs.folders),
+        "train_split": config.data.train_split,
+        "samples": horizon.samples,
+        "steps": horizon.total_steps,
+        "global_batch_size": horizon.global_batch_size,
+    }
+    encoder = fetch_encoder(first)
+    hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+
+
+def sources_of(inputs: Inputs) -> str:
+    return " + ".join(dict.fromkeys(folder.source for folder in inputs.folders))

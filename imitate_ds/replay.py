@@ -1,0 +1,141 @@
+"""`imitate-ds replay RUN --step N`: one step of a run again, from the weights it began with, to see what went wrong in it.
+
+A step whose gradient was not finite leaves those weights in RUN/bad_steps. Any step that a checkpoint begins with can be done
+again too. Nothing of the run is changed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from imitate_ds.config import RunConfig, load_run_config
+from imitate_ds.data.loader import build_train_loader
+from imitate_ds.data.transforms import TrainViews
+from imitate_ds.distributed import gather_objects, init_world, leave_world, mean_over_ranks, training_device, world
+from imitate_ds.recipe import build_model, open_inputs, run_identity, train_step, with_operands
+from imitate_ds.training.checkpoint import load_checkpoint, read_state
+from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, verify_checkpoint
+from imitate_ds.training.engine import build_engine, set_training_mode, take_step
+from imitate_ds.training.health import BAD_STEPS
+from imitate_ds.training.identity import check_same_run
+
+
+class Replayed(NamedTuple):
+    """One step, done again."""
+
+    step: int
+    losses: dict[str, float]  # of the global batch
+    gradient_norm: float
+    keys: list[str]
+    outputs: list[str]  # modules whose output was not finite, in the order they were computed
+    gradients: list[str]  # parameters whose gradient was not finite
+
+
+def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
+    """Do step `step` (counted from 0) of a run again, on as many ranks as there are now. A collective.
+
+    precision: another one than the run's. Raises FileNotFoundError or ValueError where there are no weights of that step.
+    """
+    here = init_world()
+    overrides = ["train.resume=true", *([f"train.precision={precision}"] if precision else [])]
+    config = with_operands(load_run_config(run_dir / "config.yaml", overrides))
+    checkpoint = _weights_of(run_dir, step)
+    inputs = open_inputs(config, checkpoint)
+    as_it_was = config if not precision else load_run_config(run_dir / "config.yaml")
+    check_same_run(run_identity(with_operands(as_it_was), inputs), read_state(checkpoint)["identity"], checkpoint)
+    engine = build_engine(build_model(config, inputs), config.train, config.optim)
+    load_checkpoint(engine, checkpoint)
+    (batch,) = build_train_loader(
+        config,
+        rank=here.rank,
+        world_size=here.size,
+        start_step=step,
+        stop_step=step + 1,
+        global_batch_size=inputs.horizon.global_batch_size,
+        folders=inputs.folders,
+    )
+    return _one_step(engine, config, batch, inputs.batch_norm)
+
+
+def main(run_dir: Path, step: int, precision: str) -> NoReturn:
+    """Print what came of it, and end this process with its process group."""
+    found = replay(run_dir, step, precision=precision)
+    if world().is_main:
+        print(f"step {found.step}, {len(found.keys)} studies: {' '.join(found.keys)}")
+        for name, value in found.losses.items():
+            print(f"  {name} {value:.6g}")
+        print(f"  gradient norm {found.gradient_norm:.6g}")
+        print(f"  outputs that are not finite, as computed: {_shown(found.outputs)}")
+        print(f"  gradients that are not finite: {_shown(found.gradients)}")
+    leave_world()
+
+
+def _shown(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest or "none"
+
+
+def _one_step(engine: Any, config: RunConfig, batch: Any, batch_norm: str) -> Replayed:
+    set_training_mode(engine.module, batch_norm)
+    torch.manual_seed((config.seed * 1_000_003 + batch.step) * 4099 + world().rank)  # as the loop does
+    views = TrainViews(config.data.augment, config.data.input_size)
+    with _watched(engine.module) as (outputs, gradients):
+        output = train_step(engine, config, views, batch.to(training_device()))
+    norm = take_step(engine).norm
+    names = sorted(output.scalars)
+    losses = mean_over_ranks(torch.stack([output.scalars[name].float() for name in names])).tolist()
+    ranks = gather_objects((batch.keys, outputs, gradients))
+    return Replayed(
+        batch.step,
+        dict(zip(names, losses, strict=True)),
+        float(norm),
+        sorted(key for keys, _, _ in ranks for key in keys),
+        list(dict.fromkeys(name for _, found, _ in ranks for name in found)),
+        list(dict.fromkeys(name for _, _, found in ranks for name in found)),
+    )
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """Names of the modules that computed, and of the parameters that got, something that is not finite."""
+    outputs: list[str] = []
+    gradients: list[str] = []
+
+    def look_at_output(name: str, module: nn.Module, given: Any, made: Any) -> None:
+        if isinstance(made, Tensor) and made.is_floating_point() and not made.isfinite().all():
+            outputs.append(name)
+
+    def look_at_gradient(name: str, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            gradients.append(name)
+
+    hooks = [m.register_forward_hook(partial(look_at_output, name)) for name, m in model.named_modules()]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks += [parameter.register_hook(partial(look_at_gradient, name)) for name, parameter in trained]
+    try:
+        yield outputs, gradients
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weights_of(run_dir: Path, step: int) -> Path:
+    """The checkpoint that a step began with."""
+    folders = [run_dir / BAD_STEPS, run_dir / "checkpoints"]
+    for folder in folders:
+        found = folder_of(folder, step)
+        if found.is_dir():
+            if wrong := verify_checkpoint(found):
+                raise ValueError(f"{found}: {wrong}; another step can be replayed")
+            return found
+    steps = sorted(int(path.name.removeprefix("step-")) for folder in folders for path in checkpoint_folders(folder))
+    if not steps:
+        raise FileNotFoundError(f"{run_dir}: neither checkpoints nor bad steps in it; name the folder of a run")
+    raise ValueError(
+        f"--step {step}: {run_dir} has the weights of steps {', '.join(map(str, steps))}; name one of them"
+    )
