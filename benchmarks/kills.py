@@ -48,7 +48,7 @@ class Recorded:
     """The batches of a rank; each is written down before it is trained on."""
 
     def __init__(self, batches, path: Path):
-        self.batches, self.path = batches, path
+        self.batches, self.path, self.skipped = batches, path, batches.skipped
 
     def __iter__(self):
         with self.path.open("a") as file:
