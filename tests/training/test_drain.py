@@ -1,0 +1,14 @@
+import os
+import signal
+
+from imitate_ds.training.drain import listening
+
+
+def test_signals_only_raise_the_flag_and_the_first_is_named():
+    before = signal.getsignal(signal.SIGUSR1)
+    with listening() as drain:
+        assert not drain.asked_by
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert drain.asked_by == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
