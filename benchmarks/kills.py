@@ -106,7 +106,7 @@ def kill_somewhere(
         time.sleep(chance.uniform(0.5, 8))
     else:
         wait_for(lambda: consumed_file(folder, attempt, 0).exists() or any(r.poll() is not None for r in ranks), 120)
-        time.sleep(chance.uniform(0, 4))
+        time.sleep(chance.uniform(0, 8))
     victims = chance.choice([[0], [1], [0, 1]])
     if ended := [number for number, rank in enumerate(ranks) if rank.poll() is not None]:
         raise SystemExit(
