@@ -13,25 +13,13 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from imitate_ds.distributed import barrier, world
 from imitate_ds.flight import flight
+from imitate_ds.training.run_state import FAILURES, HEARTBEATS, Beat, read_beats
 
-HEARTBEATS, FAILURES = "heartbeats", "failures"
 STUCK = 3  # the exit status of a rank that ends itself
-
-
-class Beat(NamedTuple):
-    """One rank's last sign of life; times in seconds since 1970, of that rank's clock."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    doing: str
-    since: float
-    time: float
 
 
 def beat_seconds(ranks: int) -> float:
@@ -114,17 +102,6 @@ class Heart:
 
     def _say(self, text: str) -> None:
         print(f"imitate_ds: rank {self.rank}: {text}", file=sys.stderr, flush=True)
-
-
-def read_beats(run_dir: Path) -> list[Beat]:
-    """The last sign of life of every rank that gave one, by rank."""
-    beats = []
-    for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json")):
-        try:
-            beats.append(Beat(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
-            continue  # it is being replaced, or of another version
-    return beats
 
 
 def _forget(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands, in one file for launch scripts and people: running, drained, finished or failed.
+"""What a run says of itself in files, for launch scripts and `imitate-ds status`: where it stands, and its ranks' signs of life.
 
 A launch script cannot tell from an exit status whether to start a run again: Slurm calls a drained task COMPLETED, and one of
 a step that was killed 143 (tried on a real Slurm). What was killed leaves `running` behind.
@@ -8,10 +8,23 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 RUN_STATE = "state.json"
+HEARTBEATS, FAILURES = "heartbeats", "failures"
 State = Literal["running", "drained", "finished", "failed"]
+
+
+class Beat(NamedTuple):
+    """One rank's last sign of life; times in seconds since 1970, of that rank's clock."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    doing: str
+    since: float
+    time: float
 
 
 def write_run_state(run_dir: Path, state: State, **values: Any) -> None:
@@ -36,3 +49,14 @@ def read_run_state(run_dir: Path) -> dict[str, Any]:
         return json.loads((run_dir / RUN_STATE).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def read_beats(run_dir: Path) -> list[Beat]:
+    """The last sign of life of every rank that gave one, by rank."""
+    beats = []
+    for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json")):
+        try:
+            beats.append(Beat(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # it is being replaced, or of another version
+    return beats

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from imitate_ds.flight import flight
-from imitate_ds.training.heart import FAILURES, HEARTBEATS, Beat, Heart, beat_seconds, read_beats
+from imitate_ds.training.heart import Heart, beat_seconds
+from imitate_ds.training.run_state import FAILURES, HEARTBEATS, Beat, read_beats
 
 
 def test_a_beat_says_what_the_process_is_doing(tmp_path):
