@@ -148,8 +148,9 @@ def _train(engine: Any, config: RunConfig, inputs: Inputs, state: dict[str, Any]
     rate = partial(learning_rate, total_steps=horizon.total_steps, optim=config.optim, period=period)
     views = TrainViews(config.data.augment, config.data.input_size)
     try:
-        if state.get("validation_due") or (start_step and start_step == horizon.total_steps):
-            _validate(run, start_step)  # the run ended before it could, or had ended; say again how it stands
+        had_ended = start_step == horizon.total_steps and _validates_at(start_step, config, horizon)
+        if state.get("validation_due") or had_ended:  # it was stopped before it could; or say again how it stands
+            _validate(run, start_step)
         stopped_at = train_steps(
             engine, batches, partial(train_step, engine, config, views), rate, monitor, settings, calls, drain
         )
