@@ -1,5 +1,6 @@
 """`imitate-ds`: one subcommand per entrance, no logic of its own."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,60 @@ def replay(
     from imitate_ds.replay import main as replay_main
 
     replay_main(run, step, precision)
+
+
+@app.command()
+def doctor(
+    shards: Annotated[
+        Path | None, typer.Option("--shards", help="Also measure how fast this shard folder is read.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Also try the folder that runs are written to.")
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that any one answer may take.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at versions, GPUs, storage, limits and the lines between ranks; status 1 when something is broken.
+
+    Alone, or on every rank: srun, torchrun or deepspeed start it as they start training.
+    """
+    from imitate_ds.diagnosis.finding import Options
+    from imitate_ds.doctor import diagnose, findings_json, findings_table, is_broken
+
+    with errors.status("looking; about half a minute"):
+        findings = diagnose(Options(shards, run_dir, timeout))
+    if as_json and findings:
+        print(findings_json(findings))
+    elif findings:
+        console.print(findings_table(findings))
+    raise typer.Exit(1 if is_broken(findings) else 0)
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; of several, a line each.")],
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Read the newest checkpoint against its checksums; of one run, unless told."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a run.")] = False,
+    watch: Annotated[
+        float, typer.Option("--watch", min=0, help="Look again every so many seconds, while a run goes on.")
+    ] = 0,
+) -> None:
+    """How runs stand, from their files: state, progress, losses, checkpoint, ranks that are silent or behind, failures."""
+    from imitate_ds.status import follow, status_view
+
+    for statuses in follow(runs, verify=verify, every_s=watch):
+        if as_json:
+            for it in statuses:
+                print(json.dumps(it.as_dict()), flush=True)
+            continue
+        if watch:
+            console.clear()
+        console.print(status_view(statuses))
 
 
 @shards_app.command("build")

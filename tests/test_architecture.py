@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
     "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
+    "diagnosis": {"data", "distributed", "ops", "training"},
 }
-ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "cli"}
+ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "cli"}
 
 # third-party package -> the only modules that may import it
 ONLY_IN = {
