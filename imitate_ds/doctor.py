@@ -5,7 +5,7 @@ for ever ends as a row of the table. Names and numbers of the machine only; no f
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -15,8 +15,10 @@ from imitate_ds.diagnosis.checks import ALONE, CHECKS
 from imitate_ds.diagnosis.finding import Finding, Options, broken
 from imitate_ds.diagnosis.helper import Helper
 from imitate_ds.diagnosis.ranks import hear_own_rank, local_rank_here, rank_here, under_launcher
+from imitate_ds.diagnosis.software import PACKAGES
 
 COLOURS = {"ok": "green", "slow": "yellow", "broken": "red", "absent": "dim"}
+VERSIONS = {"python", *PACKAGES}
 HANGS = "it hangs: the file system, driver or network behind it does not answer"
 
 
@@ -54,17 +56,22 @@ def examine(names: Iterable[str], options: Options) -> list[Finding]:
     return findings
 
 
-def merge(machines: Iterable[tuple[str, list[Finding]]]) -> list[Finding]:
-    """One row for each check and verdict: what one machine found, and which others came to the same verdict."""
-    rows: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
-    machines = list(machines)
-    for name in dict.fromkeys(finding.name for _, findings in machines for finding in findings):
-        for host, findings in machines:
-            for finding in findings:
-                if finding.name == name:
-                    rows.setdefault((name, finding.verdict), []).append((host, finding))
-    several = len(machines) > 1
-    return [_with_hosts(found) if several else found[0][1] for found in rows.values()]
+def merge(machines: Sequence[tuple[str, list[Finding]]]) -> list[Finding]:
+    """One row for each check and verdict: what the first machine found, and which others came to the same verdict.
+
+    Versions that differ between machines are broken, each of them fit as it may be.
+    """
+    if len(machines) == 1:
+        return machines[0][1]
+    rows: dict[tuple[str, ...], list[tuple[str, Finding]]] = {}
+    for host, findings in machines:
+        for it in findings:
+            rows.setdefault((it.name, it.verdict, it.finding if it.name in VERSIONS else ""), []).append((host, it))
+    order = list(dict.fromkeys(it.name for _, findings in machines for it in findings))
+    merged = [_with_hosts(rows[key]) for key in sorted(rows, key=lambda key: order.index(key[0]))]
+    several = {it.name for it in merged if sum(other.name == it.name for other in merged) > 1} & VERSIONS
+    differs = "machines differ: give all of them one environment"
+    return [it._replace(verdict="broken", advice=differs) if it.name in several else it for it in merged]
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:

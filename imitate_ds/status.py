@@ -379,19 +379,20 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
 
 
 def _lines_view(statuses: list[RunStatus]) -> Table:
-    table = Table()
-    for column in ("run", "state", "step", "studies/s", "left", "loss", "checkpoint", "look at"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None)
+    table.add_column("run", no_wrap=True)
+    for column in ("state", "step", "studies/s", "left", "loss", "checkpoint", "look at"):
+        table.add_column(column)
     for status in statuses:
         rate, left = status.studies_per_second, status.seconds_left
         table.add_row(
             escape(status.run),
-            _state(status),
+            f"[{COLOURS.get(status.state, 'red')}]{status.state}[/]",
             _steps(status),
             "" if rate is None else f"{rate:,.0f}",
             "" if left is None else duration(left),
             f"{status.train['loss']:.4g}" if "loss" in status.train else "",
-            escape(_checkpoint(status.checkpoint)) if status.state != "no run" else "",
+            _checkpoint_word(status.checkpoint),
             escape(_worries(status)),
         )
     return table
@@ -464,9 +465,18 @@ def _checkpoint(checkpoint: Checkpoint | None) -> str:
     return f"{checkpoint.newest} {checkpoint.problem}; {then}"
 
 
+def _checkpoint_word(checkpoint: Checkpoint | None) -> str:
+    """Its step; of one that was looked at and does not verify, that too."""
+    if checkpoint is None:
+        return ""
+    step = f"{int(checkpoint.newest.removeprefix('step-')):,}"
+    return f"{step} damaged" if checkpoint.verified and checkpoint.good != checkpoint.newest else step
+
+
 def _worries(status: RunStatus) -> str:
+    """What a line has no room for: why a run does not go on, and how many things its own page tells."""
     counts = {"rank(s)": len(status.troubles), "failure(s)": len(status.failures), "bad step(s)": len(status.bad_steps)}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return ", ".join(filter(None, [status.remark, *(f"{count} {what}" for what, count in counts.items() if count)]))
 
 
 def duration(seconds: float) -> str:

@@ -70,7 +70,7 @@ class Helper:
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         printed = os.pread(self._output, 4096, max(0, os.fstat(self._output).st_size - 4096))
         lines = printed.decode(errors="replace").strip().splitlines()
-        return f"ended with {how}" + (f": {lines[-1].strip()}" if lines else "")
+        return f"ended with {how}" + (f": {lines[-1].strip()[:200]}" if lines else "")
 
     def _end(self) -> None:
         """Kill it, and wait a moment: one that waits for a dead file system does not even die."""

@@ -70,19 +70,35 @@ def temporary_folder(_: Options) -> Finding:
 
 
 def host_name(_: Options) -> Finding:
-    """Gloo tells other ranks the address that this machine's name means here."""
-    name = socket.gethostname()
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    try:
-        addresses = sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None)})
-    except OSError:
-        return slow(f"{name} has no address", f"alone it does not matter; with other machines: {_choose_interface()}")
-    text = f"{name} is {', '.join(addresses)}" + (f"; GLOO_SOCKET_IFNAME={chosen}" if chosen else "")
-    if chosen and chosen not in interfaces().values():
-        return broken(text, f"there is no such interface with an address; {_choose_interface()}")
-    if is_loopback(addresses[0]) and not chosen:
-        return ok(text, f"loopback: with other machines they cannot reach this one; {_choose_interface()}")
+    """Gloo tells other ranks the address of GLOO_SOCKET_IFNAME, or else the one that this machine's name means here."""
+    name, chosen = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if chosen:
+        addresses = [address for address, interface in interfaces().items() if interface == chosen]
+        text = f"{name}, GLOO_SOCKET_IFNAME={chosen}: {', '.join(addresses) or 'no such interface with an address'}"
+    else:
+        addresses = _addresses_of(name)
+        text = f"{name} is {', '.join(addresses) or 'no address'}"
+    if chosen and not addresses:
+        return broken(text, _choose_interface())
+    if not addresses or is_loopback(addresses[0]):
+        advice = f"other machines cannot reach this one there: {_choose_interface()}"
+        return broken(text, advice) if several_machines() else ok(text, f"with several machines, {advice}")
     return ok(text)
+
+
+def several_machines() -> bool:
+    """As far as the launcher tells: whether some ranks are elsewhere."""
+    env = os.environ
+    ranks = env.get("WORLD_SIZE", "1")
+    here = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or ranks
+    return int(ranks) > int(here) or int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1
+
+
+def _addresses_of(name: str) -> list[str]:
+    try:
+        return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None)})
+    except OSError:
+        return []
 
 
 def infiniband(_: Options) -> Finding:
@@ -160,7 +176,7 @@ def _lines(path: Path) -> list[str]:
 
 def _choose_interface() -> str:
     others = sorted({name for address, name in interfaces().items() if not is_loopback(address)})
-    return f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (here: {', '.join(others) or 'none but loopback'}), or mend /etc/hosts"
+    return f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (here: {', '.join(others) or 'only loopback'}), or mend /etc/hosts"
 
 
 def _limit(value: int) -> str:
