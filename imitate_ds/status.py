@@ -17,25 +17,16 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from imitate_ds.config import TermWeights
 from imitate_ds.training.checkpoint_files import MANIFEST, checkpoint_folders, verify_checkpoint
 
 SILENT_S = 180.0  # a run of which no rank was heard of for so long is not said to be running
+REVIVED_S = 30.0  # heard of so long after its end, a run has been started again
 LATE_S = 20.0  # a rank beats every few seconds
 LONG_S = 60.0  # that long at one thing is worth a line
 SHOWN = 16  # ranks, and failures
-# Of metrics.jsonl, what is no loss and no score; names with a slash are scores.
-NO_LOSS = {
-    "step",
-    "split",
-    "time",
-    "learning_rate",
-    "gradient_norm",
-    "temperature",
-    "studies_per_second",
-    "data_wait_share",
-    "host_memory_mib",
-    "device_memory_mib",
-}
+GOES_ON = ("running", "starting")
+LOSSES = ("loss", *TermWeights.model_fields)  # of the numbers of a logged step
 COLOURS = {"running": "green", "finished": "green", "drained": "yellow", "starting": "yellow", "unknown": "yellow"}
 
 
@@ -84,7 +75,7 @@ class RunStatus:
     """How a run stands. What its files do not tell is None, or empty.
 
     state: running, drained, finished, failed as the run says; silent (says running, no rank heard of for three minutes),
-    killed (says running, its processes on this machine are gone), starting (no rank heard of yet), unknown.
+    killed (says running, its processes on this machine are gone), starting (has not said running yet), unknown.
     """
 
     run: str
@@ -105,6 +96,8 @@ class RunStatus:
     data_wait_share: float | None = None
     host_memory_mib: float | None = None
     device_memory_mib: float | None = None
+    slowest_rank: int | None = None  # the one that the others wait for
+    lag_share: float | None = None  # of the time, how much longer another one waits in collectives
     bad_steps: tuple[int, ...] = ()
     checkpoint: Checkpoint | None = None
     troubles: tuple[RankTrouble, ...] = ()
@@ -144,18 +137,20 @@ def read_status(run: Path, *, verify: bool = True) -> RunStatus:
         ranks=said.get("ranks"),
         nodes=said.get("nodes"),
         job=said.get("job", ""),
-        doing=f"{beats[0].doing}, for {duration(now - beats[0].since)}" if beats and state == "running" else "",
-        train={name: value for name, value in train.items() if name not in NO_LOSS and "/" not in name},
+        doing=f"{beats[0].doing}, for {duration(now - beats[0].since)}" if beats and state in GOES_ON else "",
+        train={name: train[name] for name in LOSSES if name in train},
         val={name: value for name, value in val.items() if name not in ("step", "split", "time")},
         learning_rate=train.get("learning_rate"),
         data_wait_share=train.get("data_wait_share"),
         host_memory_mib=train.get("host_memory_mib"),
         device_memory_mib=train.get("device_memory_mib"),
+        slowest_rank=train.get("slowest_rank"),
+        lag_share=train.get("lag_share"),
         bad_steps=tuple(
             sorted(int(path.stem.removeprefix("step-")) for path in _listed(run / "bad_steps", "step-*.json"))
         ),
         checkpoint=_read_checkpoint(run / "checkpoints", now, verify=verify),
-        troubles=tuple(_troubles(beats, said, now)) if state in ("running", "silent", "killed") else (),
+        troubles=tuple(_troubles(beats, said, now)) if state in (*GOES_ON, "silent", "killed") else (),
         failures=tuple(_failures(run)),
     )
 
@@ -182,7 +177,7 @@ def follow(runs: list[Path], *, verify: bool | None, every_s: float = 0) -> Iter
         else:
             statuses = read_statuses(runs, verify=bool(verify))
         yield statuses
-        if not every_s or not any(status.state in ("running", "silent", "starting") for status in statuses):
+        if not every_s or not any(status.state in (*GOES_ON, "silent") for status in statuses):
             return
         time.sleep(every_s)
 
@@ -192,7 +187,9 @@ def _check_is_run(run: Path) -> None:
         raise FileNotFoundError(
             f"{run}: no such folder; a run lies in output_dir/name of its run file, as runs/phantom_demo"
         )
-    if any((run / name).exists() for name in ("state.json", "config.yaml", "metrics.jsonl", "checkpoints")):
+    if any(
+        (run / name).exists() for name in ("state.json", "heartbeats", "config.yaml", "metrics.jsonl", "checkpoints")
+    ):
         return
     inside = any(path.is_file() for name in ("state.json", "config.yaml") for path in run.glob(f"*/{name}"))
     hint = (
@@ -205,16 +202,20 @@ def _check_is_run(run: Path) -> None:
 
 def _judge(said: Mapping[str, Any], beats: list[Beat], now: float) -> tuple[str, str]:
     """The state, and what to say about it. A process that was killed leaves `running` behind."""
-    state = said.get("state", "unknown")
-    if state != "running":
-        return state, said.get("reason", "") if said else "it has no state.json: begun by an older version, or just now"
+    state, heard = said.get("state", ""), max((beat.time for beat in beats), default=said.get("time", now))
+    again = state not in ("", "running") and heard > said["time"] + REVIVED_S
+    if not said and not beats:
+        return "unknown", "it has no state.json: begun by an older version, or just now"
+    if state not in ("", "running") and not again:
+        return state, said.get("reason", "")
     here = [beat for beat in beats if beat.host == socket.gethostname()]
     if here and not any(_lives(beat) for beat in here):
         return "killed", f"its {len(here)} process(es) on this machine are gone"
-    quiet = now - max((beat.time for beat in beats), default=said.get("time", now))
-    if quiet > SILENT_S:
-        return "silent", f"says running, but not heard of for {duration(quiet)}"
-    return ("running", "") if beats else ("starting", "no rank heard of yet")
+    if now - heard > SILENT_S:
+        return "silent", f"says it goes on, but not heard of for {duration(now - heard)}"
+    if again:
+        return "starting", f"again; it was {state}"
+    return ("running" if state and beats else "starting"), ""
 
 
 def _lives(beat: Beat) -> bool:
@@ -373,6 +374,10 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "validation", _numbers(status.val)
     yield "learning rate", "" if status.learning_rate is None else f"{status.learning_rate:.3g}"
     yield "waiting for data", "" if status.data_wait_share is None else f"{status.data_wait_share:.1%} of the time"
+    yield (
+        "slowest rank",
+        "" if status.lag_share is None else f"{status.slowest_rank}, waited for {status.lag_share:.1%} of the time",
+    )
     yield "memory", _memory(status)
     yield "bad steps", f"{len(status.bad_steps)}, the last is {status.bad_steps[-1]}" if status.bad_steps else ""
     yield "checkpoint", escape(_checkpoint(status.checkpoint))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ TRAIN |= {
     "host_memory_mib": 900.0,
     "in_batch_accuracy/findings": 0.5,
 }
+TRAIN |= {"slowest_rank": 1, "lag_share": 0.25, "temperature": 0.07}
 VAL = {"step": 30, "split": "val", "time": 1.0, "impression/image_to_text_R@5": 0.25}
 
 
@@ -90,7 +92,7 @@ def test_killed_is_told_from_silent_by_the_processes_of_this_machine(run):
     for rank in (0, 1):
         beat(run, rank, host="another", ago=200)
     status = read_status(run)
-    assert (status.state, status.remark) == ("silent", "says running, but not heard of for 3 min")
+    assert (status.state, status.remark) == ("silent", "says it goes on, but not heard of for 3 min")
     assert status.seconds_left is None
 
 
@@ -130,7 +132,7 @@ def test_the_newest_checkpoint_that_verifies(run):
 
 
 def test_a_failed_run_says_who_and_why(run):
-    say(run, state="failed", step=42, reason="data.shards: gone")
+    say(run, state="failed", step=42, reason="data.shards: gone", time=time.time())
     (run / "failures").mkdir()
     record = {"rank": 1, "host": "n2", "error": "OSError: disk quota exceeded\n  at line 3", "collectives": []}
     (run / "failures" / "rank-00001.json").write_text(json.dumps(record))
@@ -147,7 +149,20 @@ def test_half_written_files_count_as_not_yet_there(run):
     (run / "heartbeats" / "rank-00001.json").write_text("")
     (run / "metrics.jsonl").unlink()
     status = read_status(run)
-    assert (status.state, status.step, status.train) == ("unknown", 42, {})
+    assert (status.state, status.step, status.train) == ("starting", 42, {})
+
+
+def test_a_run_that_is_started_again_is_not_what_it_was(run):
+    say(run, state="drained", step=42, time=time.time() - 1)
+    assert read_status(run).state == "drained"  # its last sign of life may come after its last word
+    say(run, state="drained", step=42, reason="SIGUSR1 on rank 1", time=time.time() - 300)
+    assert (read_status(run).state, read_status(run).remark) == ("starting", "again; it was drained")
+    for rank in (0, 1):
+        beat(run, rank, ago=300)
+    assert (read_status(run).state, read_status(run).remark) == ("drained", "SIGUSR1 on rank 1")
+    (run / "state.json").unlink()
+    shutil.rmtree(run / "heartbeats")
+    assert read_status(run).state == "unknown"
 
 
 def test_what_is_no_run_is_told_so(tmp_path, run):
@@ -165,14 +180,23 @@ def test_watching_ends_with_the_run(run):
     looks = []
     for statuses in follow([run], verify=None, every_s=0.01):
         looks.append(statuses[0].state)
-        say(run, state="drained" if len(looks) == 2 else "running")
+        say(run, state="drained" if len(looks) == 2 else "running", time=time.time())
+        assert len(looks) < 10
     assert looks == ["running", "running", "drained"]
 
 
 def test_the_command_prints_a_table_lines_or_json(run, tmp_path, monkeypatch, capsys):
     save(run, 40)
     whole = command(monkeypatch, capsys, str(run))
-    for text in ("running", "42 of 100", "80.0 studies/s", "step-00000040 verifies", "12.5% of the time", "loss 3.25"):
+    for text in (
+        "running",
+        "42 of 100",
+        "80.0 studies/s",
+        "step-00000040 verifies",
+        "12.5% of the time",
+        "loss 3.25",
+        "1, waited for 25.0%",
+    ):
         assert text in whole
     other = tmp_path / "other"
     other.mkdir()
