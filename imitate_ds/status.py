@@ -19,6 +19,7 @@ from rich.table import Table
 
 from imitate_ds.config import TermWeights
 from imitate_ds.training.checkpoint_files import MANIFEST, checkpoint_folders, verify_checkpoint
+from imitate_ds.training.run_state import Beat
 
 SILENT_S = 180.0  # a run of which no rank was heard of for so long is not said to be running
 REVIVED_S = 30.0  # heard of so long after its end, a run has been started again
@@ -28,18 +29,6 @@ SHOWN = 16  # ranks, and failures
 GOES_ON = ("running", "starting")
 LOSSES = ("loss", *TermWeights.model_fields)  # of the numbers of a logged step
 COLOURS = {"running": "green", "finished": "green", "drained": "yellow", "starting": "yellow", "unknown": "yellow"}
-
-
-class Beat(NamedTuple):
-    """One rank's last sign of life; times in seconds since 1970, by that rank's clock."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    doing: str
-    since: float
-    time: float
 
 
 class RankTrouble(NamedTuple):
