@@ -27,6 +27,9 @@ class Watched:
                 file.flush()
                 yield batch
 
+    def __getattr__(self, name: str):
+        return getattr(self.batches, name)
+
 
 def consumed_file(folder: Path, start: int, rank: int) -> Path:
     """start: how often the job had been put back before."""
