@@ -1,8 +1,8 @@
 """Starting a run on a cluster, or here: what will be run is said before it is run.
 
 The work is done by launch/pretrain.sbatch and launch/pretrain.sh, which anybody can start by hand; this writes their command
-line and shows what becomes of it. `python -m imitate_ds.launch --config RUN.yaml [--set key=value ...]` prints the folder of a
-run: the scripts ask it, since any setting may move it.
+line and shows what becomes of it. `python -m imitate_ds.launch --config RUN.yaml [--set key=value ...]` makes the folder of a run
+and prints it: the scripts ask, since any setting may move it.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def submission(plan: Plan) -> tuple[dict[str, str], list[str]]:
 def step_line(plan: Plan, run_dir: Path) -> str:
     """What the job's first node runs, in the words of the shell: what only the job knows stands as its variable."""
     ranks, nodes, arguments = plan.ranks_of_a_node, plan.most_nodes, shlex.join(plan.arguments)
-    step = "srun --label --kill-on-bad-exit=0 --wait=60"
+    step = "srun --label --kill-on-bad-exit=0"
     if plan.launcher == "srun":
         size = f"--ntasks={nodes * ranks} --ntasks-per-node={ranks} --cpus-per-task=$((SLURM_CPUS_ON_NODE / {ranks}))"
         return f"{step} {size} $IMITATE_DS_CONTAINER python -m {ENTRANCE} {arguments}"
@@ -128,12 +128,11 @@ def _deepspeed(run_dir: Path) -> str:
 
 
 def _size(plan: Plan, config: RunConfig) -> str:
-    per_node, rows = plan.ranks_of_a_node, config.train.micro_batch_size
-    if not per_node:
-        return f"one for each GPU of this machine, {rows} studies each"
-    ranks = plan.most_nodes * per_node
-    asked = "" if plan.nodes.isdigit() else f"; with {plan.nodes} nodes a run keeps the global batch it began with"
-    return f"{plan.most_nodes} node(s) x {per_node} = {ranks}; global batch {ranks} x {rows} = {ranks * rows} studies{asked}"
+    if not plan.ranks_of_a_node:
+        return "one for each GPU of this machine"
+    ranks = plan.most_nodes * plan.ranks_of_a_node
+    kept = "" if plan.nodes.isdigit() else ", which a run keeps that goes on with fewer nodes"
+    return f"{plan.most_nodes} node(s) x {plan.ranks_of_a_node} = {ranks}; global batch {config.train.studies_of(ranks)}{kept}"
 
 
 def _typed(environment: Mapping[str, str], command: list[str]) -> str:
@@ -169,16 +168,20 @@ def _check_job(plan: Plan) -> None:
         )
 
 
-def _folder_of(arguments: list[str]) -> Path:
+def _make_folder(arguments: list[str]) -> Path:
     parser = argparse.ArgumentParser(prog="imitate_ds.launch", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     given: Any = parser.parse_args(arguments)
-    return load_run_config(given.config, given.set).run_dir
+    config = load_run_config(given.config, given.set)
+    os.umask(0o077 if config.share == "private" else 0o027)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config.run_dir
 
 
 if __name__ == "__main__":
     try:
-        print(_folder_of(sys.argv[1:]))
+        print(_make_folder(sys.argv[1:]))
     except (ValueError, OSError) as error:
-        sys.exit(f"imitate_ds.launch: {error}")
+        print(f"imitate_ds.launch: {error}", file=sys.stderr)
+        sys.exit(2)

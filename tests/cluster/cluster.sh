@@ -119,11 +119,12 @@ up() {
   nodes=$1
   lay_out
   connect
-  # One munged serves all nodes by its socket: they share the file system.
-  setsid munged -F --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" \
+  # One munged serves all nodes by its socket: they share the file system. --force: in a folder of ours, which others cannot enter.
+  setsid munged -F --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" \
     --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" --num-threads=2 >"$dir/log/munged.out" 2>&1 </dev/null &
   echo $! >"$dir/pid/munged"
   for _ in {1..50}; do [[ -S $dir/munge/socket ]] && break; sleep .1; done
+  [[ -S $dir/munge/socket ]] || { cat "$dir/log/munged.out" >&2; exit 1; }
   at_controller setsid slurmctld -D -f "$SLURM_CONF" >"$dir/log/slurmctld.out" 2>&1 </dev/null &
   for i in $(seq "$nodes"); do boot "$i"; done
   for _ in {1..100}; do

@@ -33,7 +33,11 @@ class Cluster:
         self.environment = {**os.environ, "CLUSTER_DIR": str(folder), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     def __enter__(self) -> "Cluster":
-        self._do("up", str(self.nodes))
+        try:
+            self._do("up", str(self.nodes))
+        except RuntimeError:
+            self._do("down")
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,6 +53,14 @@ class Cluster:
     def crash(self, node: int) -> None:
         """Power off."""
         self._do("crash", str(node))
+
+    def wait_down(self, node: int, limit: float = 60) -> None:
+        """Until Slurm has given a node up."""
+        wait_for(
+            lambda: "down" in self.run("sinfo", "-h", "-n", f"n{node}", "-o", "%T"),
+            limit,
+            what=f"n{node} to be given up",
+        )
 
     def boot(self, node: int) -> None:
         self._do("boot", str(node))
