@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from imitate_ds.config import load_yaml
+from imitate_ds.launch import Launcher
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and describe tar shards.")
@@ -104,6 +105,39 @@ def status(
         if watch:
             console.clear()
         console.print(status_view(statuses))
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Option("--config", help="Run file (YAML).")],
+    nodes: Annotated[
+        str, typer.Option(help="A number, or a range: 2-4 goes on with two after the loss of a node.")
+    ] = "1",
+    gpus_per_node: Annotated[int, typer.Option(help="One rank for each.")] = 0,
+    ranks_per_node: Annotated[int, typer.Option(help="On CPUs, or for fewer ranks than GPUs.")] = 0,
+    cpus_per_node: Annotated[int, typer.Option(help="Of the job; 0 takes whole nodes.")] = 0,
+    launcher: Annotated[Launcher, typer.Option(help="srun or deepspeed under Slurm; local: this machine.")] = "srun",
+    account: Annotated[str, typer.Option(help="As of sbatch.")] = "",
+    partition: Annotated[str, typer.Option(help="As of sbatch.")] = "",
+    time: Annotated[str, typer.Option(help="As of sbatch; at the limit the run saves and queues again.")] = "",
+    sbatch: Annotated[list[str] | None, typer.Option(help="Any other option of sbatch: --sbatch=--exclusive")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run.")] = False,
+) -> None:
+    """Say what sbatch and each node will run, then submit it."""
+    from imitate_ds.launch import Plan
+    from imitate_ds.launch import launch as launch_plan
+
+    given = {"account": account, "partition": partition, "time": time}
+    options = [f"--{name}={value}" for name, value in given.items() if value] + (sbatch or [])
+    size = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "ranks_per_node": ranks_per_node,
+        "cpus_per_node": cpus_per_node,
+    }
+    plan = Plan(config, tuple(override or ()), launcher, **size, options=tuple(options))
+    raise typer.Exit(launch_plan(plan, dry_run=dry_run))
 
 
 @shards_app.command("build")

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
-ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "cli"}
+ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "launch", "cli"}
 
 # third-party package -> the only modules that may import it
 ONLY_IN = {
