@@ -456,9 +456,10 @@ def _checkpoint_word(checkpoint: Checkpoint | None) -> str:
 
 
 def _worries(status: RunStatus) -> str:
-    """What a line has no room for: why a run does not go on, and how many things its own page tells."""
+    """What a line has no room for: why a run failed, and how many things its own page tells."""
     counts = {"rank(s)": len(status.troubles), "failure(s)": len(status.failures), "bad step(s)": len(status.bad_steps)}
-    return ", ".join(filter(None, [status.remark, *(f"{count} {what}" for what, count in counts.items() if count)]))
+    reason = status.remark if status.state == "failed" else ""
+    return ", ".join(filter(None, [reason, *(f"{count} {what}" for what, count in counts.items() if count)]))
 
 
 def duration(seconds: float) -> str:
