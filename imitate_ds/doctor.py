@@ -108,6 +108,10 @@ def _machines(helper: Helper, patience_s: float) -> list[tuple[str, list[Finding
     try:
         answer: dict[str, Any] | None = helper.answer(patience_s)
         why = "" if answer else helper.last_words()
+        if answer:
+            helper.answer(
+                patience_s
+            )  # until it has left: killed before, it might take the answer of a slower rank with it
     except TimeoutError as error:
         answer, why = None, str(error)
     if answer is None:

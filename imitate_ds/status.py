@@ -19,7 +19,7 @@ from rich.table import Table
 
 from imitate_ds.config import TermWeights
 from imitate_ds.training.checkpoint_files import MANIFEST, checkpoint_folders, verify_checkpoint
-from imitate_ds.training.run_state import Beat
+from imitate_ds.training.run_state import FAILURES, HEARTBEATS, RUN_STATE, Beat, read_beats, read_run_state
 
 SILENT_S = 180.0  # a run of which no rank was heard of for so long is not said to be running
 REVIVED_S = 30.0  # heard of so long after its end, a run has been started again
@@ -107,8 +107,8 @@ def read_status(run: Path, *, verify: bool = True) -> RunStatus:
     Raises FileNotFoundError or ValueError for what is no run.
     """
     _check_is_run(run)
-    now, said = time.time(), _record(run / "state.json")
-    beats = _read_beats(run, said.get("ranks"))
+    now, said = time.time(), read_run_state(run)
+    beats = read_beats(run)
     state, remark = _judge(said, beats, now)
     train, val = _latest_metrics(run / "metrics.jsonl")
     steps = [said.get("step"), train.get("step"), *(beat.step for beat in beats)]
@@ -176,11 +176,9 @@ def _check_is_run(run: Path) -> None:
         raise FileNotFoundError(
             f"{run}: no such folder; a run lies in output_dir/name of its run file, as runs/phantom_demo"
         )
-    if any(
-        (run / name).exists() for name in ("state.json", "heartbeats", "config.yaml", "metrics.jsonl", "checkpoints")
-    ):
+    if any((run / name).exists() for name in (RUN_STATE, HEARTBEATS, "config.yaml", "metrics.jsonl", "checkpoints")):
         return
-    inside = any(path.is_file() for name in ("state.json", "config.yaml") for path in run.glob(f"*/{name}"))
+    inside = any(path.is_file() for name in (RUN_STATE, "config.yaml") for path in run.glob(f"*/{name}"))
     hint = (
         f"for the runs in it: imitate-ds status {run}/*"
         if inside
@@ -254,18 +252,8 @@ def _first_true(reasons: Mapping[str, bool]) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _read_beats(run: Path, ranks: int | None) -> list[Beat]:
-    """By rank; those of a start before this one, which had more ranks, left out."""
-    beats = []
-    for path in _listed(run / "heartbeats", "rank-*.json"):
-        record = _record(path)
-        if all(name in record for name in Beat._fields) and (ranks is None or record["rank"] < ranks):
-            beats.append(Beat(*(record[name] for name in Beat._fields)))
-    return sorted(beats)
-
-
 def _failures(run: Path) -> Iterator[Failure]:
-    for record in map(_record, _listed(run / "failures", "rank-*.json")):
+    for record in map(_record, _listed(run / FAILURES, "rank-*.json")):
         if record:
             lines = str(record.get("error", "")).strip().splitlines()
             yield Failure(record.get("rank", -1), record.get("host", ""), lines[0] if lines else "no message")
@@ -468,9 +456,10 @@ def _checkpoint_word(checkpoint: Checkpoint | None) -> str:
 
 
 def _worries(status: RunStatus) -> str:
-    """What a line has no room for: why a run does not go on, and how many things its own page tells."""
+    """What a line has no room for: why a run failed, and how many things its own page tells."""
     counts = {"rank(s)": len(status.troubles), "failure(s)": len(status.failures), "bad step(s)": len(status.bad_steps)}
-    return ", ".join(filter(None, [status.remark, *(f"{count} {what}" for what, count in counts.items() if count)]))
+    reason = status.remark if status.state == "failed" else ""
+    return ", ".join(filter(None, [reason, *(f"{count} {what}" for what, count in counts.items() if count)]))
 
 
 def duration(seconds: float) -> str:
