@@ -3,11 +3,14 @@
 Steps are made longer (STEP_SECONDS) where a fault has to hit one.
 """
 
+import json
 import time
 
 import pytest
 
+from imitate_ds.data.shards import verify_shards
 from tests.cluster.conftest import BATCH, STEPS
+from tests.cluster.slurm import REPOSITORY, wait_for
 
 pytestmark = pytest.mark.cluster
 SLOWLY = {"STEP_SECONDS": "0.25"}
@@ -80,3 +83,52 @@ def test_it_goes_on_with_the_nodes_that_are_left(cluster, start, undisturbed):
     run.wait_for_end(restarts=2)
     assert run.state["ranks"] == 2
     clean(run.verdict(undisturbed), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_what_is_over_and_what_goes_on(cluster, start, launcher):
+    """Runs that only pretend: killed, drained, failed for reasons that may pass, and for one that will not."""
+    run = start(
+        f"pretend-{launcher}", entrance="pretend", BEHAVIOUR="killed,drained,failed1,failed2", LAUNCHER=launcher
+    )
+    record = cluster.wait(run.job)
+    assert (record["JobState"], record["Restarts"], record["ExitCode"]) == ("FAILED", "3", "2:0")
+    seen = json.loads((run.folder / "start-3.rank-1.json").read_text())
+    assert seen["argv"][-2:] == ["--set", "train.resume=true"]
+    assert (seen["MASTER_ADDR"], seen["IMITATE_DS_CACHE"][:5]) == ("n1", "/tmp/")
+
+
+def test_the_gpus_of_a_node_are_its_ranks(cluster, start):
+    run = start(
+        "gpus", entrance="pretend", BEHAVIOUR="finished", RANKS_PER_NODE="", options=("--nodes=2", "--gpus-per-node=2")
+    )
+    run.wait_for_end()
+    assert len(list(run.folder.glob("start-0.rank-*.json"))) == 4
+
+
+def test_before_the_time_limit_it_saves_and_queues_again(cluster, start):
+    run = start(
+        "limit", entrance="pretend", BEHAVIOUR="wait,finished", options=("--nodes=2", "--time=1", "--signal=B:USR1@45")
+    )
+    run.wait_for_end(restarts=1)
+    assert "the run is drained" in run.output.read_text()
+
+
+def test_cancelled_it_saves_and_stays_away(cluster, start):
+    run = start("cancelled", entrance="pretend", BEHAVIOUR="wait,finished")
+    wait_for(lambda: (run.folder / "state.json").exists(), 30, what="the run")
+    cluster.run("scancel", str(run.job))
+    record = cluster.wait(run.job)
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0")
+    wait_for(lambda: run.state["state"] == "drained", 10, what="the end of the run")
+
+
+def test_an_array_builds_shards_in_parts(cluster, tmp_path):
+    options = ("--array=0-2", "--cpus-per-task=1", f"--output={tmp_path}/%a.out")
+    arguments = ("phantom", "--out", str(tmp_path / "shards"), "--option", "studies=40", "--image-size", "32")
+    job = cluster.submit(
+        "launch/array_build.sbatch", *arguments, options=options, environment={"PYTHONPATH": str(REPOSITORY)}
+    )
+    cluster.wait(job)
+    wait_for(lambda: not cluster.run("squeue", "-h", "-j", str(job)), 60, what="all parts")
+    assert verify_shards(tmp_path / "shards") == [], (tmp_path / "2.out").read_text()
