@@ -208,7 +208,10 @@ class TrainConfig(Section):
     keep_best: int = Field(
         default=0, ge=0
     )  # keep so many that validated best; checkpoints are then saved at validations
-    best_metric: str = "impression/image_to_text_R@5"  # of validation; more is better
+    best_metric: str = Field(  # of validation; more is better
+        default="impression/image_to_text_R@5",
+        pattern=r"^(impression|findings)/(image_to_text|text_to_image)_R@(1|5|10)$",
+    )
     max_bad_steps: int = Field(default=10, ge=0)  # skipped for a gradient that is not finite, before the run stops
     timeout_s: float = Field(default=600, ge=5)  # a rank that is at the same thing for longer ends itself, with the run
     eval_every: int = Field(default=1, ge=0)  # epochs between validations; 0: never
@@ -243,6 +246,11 @@ class RunConfig(Section):
         if chunk and (chunk < 2 or rows % chunk):
             raise ValueError(
                 f"train.grad_cache_chunk = {chunk}: must be at least 2 and divide train.micro_batch_size = {rows}"
+            )
+        if self.train.keep_best and not (self.data.val_split and self.train.eval_every):
+            raise ValueError(
+                f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "
+                "train.keep_best: 0"
             )
         if not any(weights.model_dump().values()):
             raise ValueError("objective.weights: all are 0, so there is nothing to learn; make one of them positive")

@@ -137,17 +137,21 @@ def training_device() -> torch.device:
 def _describe_world() -> None:
     """Fill in RANK and its companions where the launcher did not."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True
-        )
-        if nodes.returncode or not nodes.stdout.strip():
-            raise RuntimeError(f"scontrol show hostnames failed: {nodes.stderr.strip()}; set MASTER_ADDR yourself")
-        env.setdefault("MASTER_ADDR", nodes.stdout.split()[0])
+    # Of the step, not of the job: a batch script has SLURM_NTASKS too, and would wait for ranks that nobody starts.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env["SLURM_JOB_NODELIST"])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+def _first_host(nodes: str) -> str:
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if listed.returncode or not listed.stdout.strip():
+        raise RuntimeError(f"scontrol show hostnames failed: {listed.stderr.strip()}; set MASTER_ADDR yourself")
+    return listed.stdout.split()[0]
 
 
 def _first_of(*names: str) -> str:

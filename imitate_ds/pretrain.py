@@ -44,7 +44,7 @@ from imitate_ds.training.engine import (
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
 from imitate_ds.training.identity import check_ranks_agree, check_same_run
-from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, train_steps
+from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, Stopped, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.run_state import read_run_state, write_run_state
 from imitate_ds.training.schedule import learning_rate, restart_period
@@ -81,12 +81,12 @@ def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
         check_same_run(run_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
     heart = Heart(config.run_dir, config.train.timeout_s)
     try:
+        _tell(config, inputs, "running", read_state(checkpoint)["step"] if checkpoint else 0)
         flight.begin("building the model")
         engine = build_engine(build_model(config, inputs), config.train, config.optim)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
             _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
-        _tell(config, inputs, "running", state["step"])
         metrics = _train(engine, config, inputs, state, drain or Drain())
     except BaseException as error:
         status = 2 if type(error) in EXPECTED else 1
@@ -151,13 +151,13 @@ def _train(engine: Any, config: RunConfig, inputs: Inputs, state: dict[str, Any]
         had_ended = start_step == horizon.total_steps and _validates_at(start_step, config, horizon)
         if state.get("validation_due") or had_ended:  # it was stopped before it could; or say again how it stands
             _validate(run, start_step)
-        stopped_at = train_steps(
+        stopped = train_steps(
             engine, batches, partial(train_step, engine, config, views), rate, monitor, settings, calls, drain
         )
-        if stopped_at is None:
+        if stopped is None:
             _finish(run)
         else:
-            _drain(run, stopped_at)
+            _drain(run, stopped)
     finally:
         monitor.close()
     return run.metrics
@@ -172,13 +172,14 @@ def _finish(run: Run) -> None:
     _tell(run.config, run.inputs, "finished", run.inputs.horizon.total_steps)
 
 
-def _drain(run: Run, done: int) -> None:
+def _drain(run: Run, stopped: Stopped) -> None:
     """Leave a checkpoint of exactly this step, and say so."""
+    done = stopped.done
     if not _saves_at(done, run.config, run.inputs.horizon):
         average_batch_norm_statistics(run.engine.module)
         _save(run, done)
     run.checkpoints.finish()
-    reason = f"{run.drain.asked_by or 'a signal'} on {'rank 0' if run.drain.asked_by else 'another rank'}"
+    reason = f"{stopped.signal} on rank {stopped.rank}"
     run.monitor.say(f"step {done}: stopped by {reason}; --set train.resume=true goes on from here")
     _tell(run.config, run.inputs, "drained", done, reason=reason)
 
@@ -247,7 +248,7 @@ def _validate(run: Run, done: int) -> bool:
     """Validate, unless some rank is asked to end: the time that is left is for the checkpoint. Whether it was done."""
 
     def asked_to_end() -> bool:
-        return bool(max_over_ranks(float(bool(run.drain.asked_by))))
+        return bool(max_over_ranks(run.drain.signal))
 
     flight.begin("validation")
     found = validate(
@@ -255,7 +256,7 @@ def _validate(run: Run, done: int) -> bool:
         run.config,
         run.inputs.folders,
         run.inputs.text_encoder,
-        batch_size=len(rank_rows(run.inputs.horizon.global_batch_size, 0, world().size)) or 1,
+        batch_size=len(rank_rows(run.inputs.horizon.global_batch_size, 0, world().size)),
         stop=asked_to_end,
     )
     set_training_mode(run.engine.module, run.inputs.batch_norm)
@@ -276,8 +277,7 @@ def _save(run: Run, done: int, *, validation_due: bool = False) -> None:
         "samples_seen": done * run.inputs.horizon.global_batch_size,
         "metrics": dict(run.metrics) if validated_now else {},
         "validation_due": validation_due,
-        # Every random number is a function of the seed and the step (loop.py, data/loader.py): these two are their state.
-        "random": {"seed": run.config.seed, "step": done},
+        # No random states: every random number is a function of config.seed and the step (loop.py, data/loader.py).
         "config": run.config.model_dump(mode="json"),
         "identity": run_identity(run.config, run.inputs),
     }

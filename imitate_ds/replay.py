@@ -23,6 +23,7 @@ from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, 
 from imitate_ds.training.engine import build_engine, set_training_mode, take_step
 from imitate_ds.training.health import BAD_STEPS
 from imitate_ds.training.identity import check_same_run
+from imitate_ds.training.loop import seed_step
 
 
 class Replayed(NamedTuple):
@@ -82,7 +83,7 @@ def _shown(names: list[str], most: int = 5) -> str:
 
 def _one_step(engine: Any, config: RunConfig, batch: Any, batch_norm: str) -> Replayed:
     set_training_mode(engine.module, batch_norm)
-    torch.manual_seed((config.seed * 1_000_003 + batch.step) * 4099 + world().rank)  # as the loop does
+    seed_step(config.seed, batch.step)
     views = TrainViews(config.data.augment, config.data.input_size)
     with _watched(engine.module) as (outputs, gradients):
         output = train_step(engine, config, views, batch.to(training_device()))

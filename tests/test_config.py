@@ -114,6 +114,19 @@ def test_bad_override_and_missing_file(tmp_path):
         load_run_config(path, ["name.first=1"])
 
 
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({"best_metric": "impression/recall@5"}, {}, r"train\.best_metric = 'impression/recall@5': .*pattern"),
+        ({"keep_best": 1, "eval_every": 0}, {}, r"train\.keep_best = 1: needs validation"),
+        ({"keep_best": 1}, {"val_split": ""}, r"train\.keep_best = 1: needs validation"),
+    ],
+)
+def test_a_best_checkpoint_that_could_never_be_found_is_refused(train, data, message):
+    with pytest.raises(ValueError, match=message):
+        build_run_config({**MINIMAL, "train": train, "data": {**MINIMAL["data"], **data}})
+
+
 def test_yaml_never_builds_objects():
     with pytest.raises(Exception, match="could not determine a constructor"):
         load_yaml("!!python/object/apply:os.system ['true']")

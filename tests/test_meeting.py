@@ -1,10 +1,11 @@
 """Where ranks meet, and what they tell each other apart from tensors."""
 
 import json
+import os
 
 import pytest
 
-from imitate_ds.distributed import _listen
+from imitate_ds.distributed import _describe_world, _listen
 from tests.launching import run
 
 
@@ -41,3 +42,31 @@ def test_an_address_that_is_not_ours_or_not_known_is_said():
         _listen("192.0.2.1", 29500, 2)
     with pytest.raises(ValueError, match=r"MASTER_ADDR = 'no-such-host\.invalid': no such machine"):
         _listen("no-such-host.invalid", 29500, 2)
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """An environment without a launcher; what a test adds to it is gone afterwards."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_batch_script_is_one_process_though_its_job_has_tasks(bare):
+    """sbatch sets these without any srun (seen on Slurm 22.05)."""
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+        bare.setenv(name, value)
+    _describe_world()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    assert "MASTER_ADDR" not in os.environ
+
+
+def test_a_task_of_srun_is_a_rank(bare):
+    slurm = {"PROCID": "3", "STEP_NUM_TASKS": "4", "NTASKS": "9", "LOCALID": "1", "JOB_ID": "20007"}
+    for name, value in slurm.items():
+        bare.setenv(f"SLURM_{name}", value)
+    bare.setenv("MASTER_ADDR", "n1")
+    bare.setenv("MASTER_PORT", "4")
+    _describe_world()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]

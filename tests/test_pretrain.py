@@ -153,7 +153,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_three_ranks_go_on(r
         assert status == 0, output[-2000:]
     state = read_run_state(folder)
     assert state["state"] == "drained"
-    assert state["reason"] == "a signal on another rank"
+    assert state["reason"] == "SIGUSR1 on rank 1"
     assert 2 < state["step"] < 15
     assert [p.name for p in (folder / "checkpoints").glob("step-*")] == [f"step-{state['step']:08d}"]
     assert not (folder / "export").exists()

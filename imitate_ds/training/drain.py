@@ -13,13 +13,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Drain:
-    """Whether this process was asked to end, and by what."""
+    """Whether this process was asked to end: by the first signal that came, 0 where none has."""
 
     def __init__(self) -> None:
-        self.asked_by = ""
+        self.signal = 0
 
     def hear(self, number: int, _: FrameType | None = None) -> None:
-        self.asked_by = self.asked_by or signal.Signals(number).name
+        self.signal = self.signal or number
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The loop, once, for pre-training and fine-tuning: it knows batches, steps and an engine, not what is learned."""
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -53,6 +54,14 @@ class LoopSettings(NamedTuple):
     lowest_temperature: float  # of a temperature that is learned; 0: it is not
 
 
+class Stopped(NamedTuple):
+    """After how many steps the ranks stopped, and which of them was asked to end by which signal."""
+
+    done: int
+    rank: int
+    signal: str
+
+
 class Calls(NamedTuple):
     """What the loop asks of whoever runs it. All are called on every rank, in the same order."""
 
@@ -71,11 +80,11 @@ def train_steps(
     settings: LoopSettings,
     calls: Calls,
     drain: Drain,
-) -> int | None:
+) -> Stopped | None:
     """Run one optimizer step for every batch: step_fn goes forward and backward, the engine steps.
 
-    Where some rank was asked to end (drain), all stop after the same step: returns how many steps are done then, None where
-    all are. A step whose gradient is not finite is skipped on all ranks.
+    Where some rank was asked to end (drain), all stop after the same step, and it is returned; None where all steps are done.
+    A step whose gradient is not finite is skipped on all ranks.
 
     Raises FloatingPointError for a loss that is not finite though its gradient is: found when logged, and before any pause,
     so that nothing is saved after one.
@@ -85,12 +94,10 @@ def train_steps(
     clock, pulse = _Clock(), Pulse()
     log = _Log(monitor, settings, clock, calls.between)
     unsound = torch.zeros((), dtype=torch.bool, device=device)  # stays on the device between logged steps
-    done = None
     for batch in clock.waiting_for(batches):
         step = batch.step
         flight.begin("forward and backward", step)
-        # Random state is a function of the step, so a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed((settings.seed * 1_000_003 + step) * 4099 + world().rank)
+        seed_step(settings.seed, step)
         set_learning_rate(engine, learning_rate(step))
         statistics = batch_norm_statistics(engine.module)
         output = step_fn(batch.to(device))
@@ -104,7 +111,7 @@ def train_steps(
             restore_batch_norm_statistics(engine.module, statistics)
             if not settings.skips_overflow:
                 calls.skipped(step, batch, output, taken)
-        told = pulse.exchange(bool(drain.asked_by), flight.waited, clock.waited_for_data)
+        told = pulse.exchange(drain.signal, flight.waited, clock.waited_for_data)
         pauses = calls.pauses_at(done)
         if pauses or done % settings.log_every == 0:
             _check_sound(unsound, done, output)
@@ -117,10 +124,16 @@ def train_steps(
                 calls.pause(done)
         if told is not None and told[:, 0].any() and done < settings.total_steps:
             pulse.last()
-            return done
+            rank = int(told[:, 0].argmax())
+            return Stopped(done, rank, signal.Signals(int(told[rank, 0])).name)
         flight.begin("waiting for data")
     pulse.last()
     return None
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Random state is a function of the step: a resumed run draws what the uninterrupted one would have drawn."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + world().rank)
 
 
 class _Log:

@@ -1,4 +1,4 @@
-"""A throw-away Slurm for tests and for benchmarks/soak.py, and what can happen to its nodes. The work is cluster.sh's."""
+"""A throw-away Slurm for tests, and what can happen to its nodes. The work is cluster.sh's."""
 
 import os
 import re
@@ -47,9 +47,6 @@ class Cluster:
         """What a command prints where the controller lives."""
         return self._do("exec", *command, **environment)
 
-    def on_node(self, node: int, *command: str) -> str:
-        return self._do("node", str(node), *command)
-
     def crash(self, node: int) -> None:
         """Power off."""
         self._do("crash", str(node))
@@ -71,10 +68,6 @@ class Cluster:
 
     def heal(self, node: int) -> None:
         self._do("heal", str(node))
-
-    def log(self, node: int) -> str:
-        """What the slurmd of a node has to say."""
-        return (self.folder / "log" / f"n{node}.log").read_text()
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...], environment: Mapping[str, str]) -> int:
         """sbatch; the number of the job."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.loop import Calls, LoopSettings, StepOutput, train_steps
+from imitate_ds.training.loop import Calls, LoopSettings, StepOutput, Stopped, train_steps
 from imitate_ds.training.monitor import Monitor
 
 
@@ -90,7 +90,7 @@ class Trained(NamedTuple):
     pauses: list[int]
     lines: list[dict]
     skipped: list[int]
-    ended: int | None
+    ended: Stopped | None
 
 
 def test_logs_every_few_steps_and_at_the_end_and_pauses_when_asked(tmp_path):
@@ -130,8 +130,7 @@ def test_all_stop_one_step_after_one_is_asked_to(tmp_path):
     trained = train(
         tmp_path, Steps(10), lambda done: False, drain=drain, on_step=lambda s: s == 4 and drain.hear(signal.SIGUSR1)
     )
-    assert trained.ended == 6
-    assert drain.asked_by == "SIGUSR1"
+    assert trained.ended == Stopped(6, 0, "SIGUSR1")
 
 
 def test_asked_in_the_last_steps_the_run_ends_as_it_would_have(tmp_path):
