@@ -1,75 +1,13 @@
 """One cluster of three nodes for all tests in here, and what they submit to it."""
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import yaml
 
-from imitate_ds.config import load_run_config
-from tests.cluster.slurm import REPOSITORY, Cluster, wait_for, why_not_here
-from tests.cluster.testimony import Verdict, judge, losses
+from tests.cluster.runs import Run, submit
+from tests.cluster.slurm import Cluster, why_not_here
 
-STEPS, BATCH = 60, 36
-# A step of this run depends neither on the number of ranks nor on how they share the batch, up to rounding.
-SETTINGS = {
-    "optim": {"lr": 2e-5},  # at higher rates training amplifies any rounding
-    "data": {"input_size": 32, "workers": 1},
-    "model": {
-        "image_encoder": "resnet10t",
-        "joint_dim": 32,
-        "text_hidden": 64,
-        "image_hidden": 64,
-        "projection_norm": "layer",
-        "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-    },
-    "train": {
-        "global_batch_size": BATCH,
-        "batch_norm": "freeze",
-        "precision": "fp32",
-        "epochs": 100,
-        "max_steps": STEPS,
-        "save_every": 10,
-        "log_every": 1,
-        "eval_every": 0,
-        "images_every": 0,
-    },
-}
-
-
-class Run(NamedTuple):
-    """A job, and what it leaves behind."""
-
-    cluster: Cluster
-    job: int
-    folder: Path
-    consumed: Path
-    output: Path
-
-    def wait_for_step(self, step: int, limit: float = 120) -> None:
-        def reached() -> bool:
-            self.cluster.kick(self.job)
-            return max(losses(self.folder), default=0) >= step
-
-        wait_for(reached, limit, what=f"step {step} of {self.folder.name}")
-
-    def wait_for_end(self, restarts: int = 0, limit: float = 240) -> None:
-        """Which must be a good one."""
-        record = self.cluster.wait(self.job, limit)
-        assert record["JobState"] == "COMPLETED", self.output.read_text()[-4000:]
-        assert int(record["Restarts"]) >= restarts, record
-        assert self.state["state"] == "finished"
-
-    @property
-    def state(self) -> dict:
-        return json.loads((self.folder / "state.json").read_text())
-
-    def verdict(self, undisturbed: "Run") -> Verdict:
-        config = load_run_config(self.folder / "config.yaml")
-        return judge(self.folder, undisturbed.folder, self.consumed, config, BATCH)
-
+STEPS = 60
 
 Start = Callable[..., Run]
 
@@ -84,31 +22,16 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def start(cluster, phantom_shards, tmp_path_factory) -> Start:
-    """Submit a run, by its name: launch/pretrain.sbatch on two nodes, one rank each, unless options say otherwise."""
+    """Submit a run, by its name."""
     runs = tmp_path_factory.mktemp("runs")
 
-    def submit(name: str, *settings: str, options=("--nodes=2",), entrance="witness", **environment: str) -> Run:
-        run = runs / name
-        consumed = runs / f"{name}.consumed"
-        consumed.mkdir()
-        path = runs / f"{name}.yaml"
-        data = {**SETTINGS["data"], "shards": str(phantom_shards)}
-        path.write_text(yaml.safe_dump({**SETTINGS, "name": name, "output_dir": str(runs), "data": data}))
-        given = {"ENTRANCE": f"tests.cluster.{entrance}", "CONSUMED": str(consumed), "DS_ACCELERATOR": "cpu"}
-        given |= {
-            "RANKS_PER_NODE": "1",
-            "OMP_NUM_THREADS": "1",
-            "SLURM_WAIT": "10",
-            "PYTHONPATH": str(REPOSITORY),
-            **environment,
-        }
-        arguments = ["--config", str(path), *(part for item in settings for part in ("--set", item))]
-        output = runs / f"{name}.out"
-        options = ("--exclusive", f"--output={output}", *options)
-        job = cluster.submit("launch/pretrain.sbatch", *arguments, options=options, environment=given)
-        return Run(cluster, job, run, consumed, output)
+    def start(name: str, *settings: str, options=("--nodes=2",), entrance="witness", **environment: str) -> Run:
+        settings = (f"train.max_steps={STEPS}", *settings)
+        return submit(
+            cluster, runs, phantom_shards, name, *settings, options=options, entrance=entrance, environment=environment
+        )
 
-    return submit
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,10 @@ class Cluster:
         """What a command prints where the controller lives."""
         return self._do("exec", *command, **environment)
 
+    def node(self, node: int, *command: str) -> str:
+        """What a command prints on a node."""
+        return self._do("node", str(node), *command)
+
     def crash(self, node: int) -> None:
         """Power off."""
         self._do("crash", str(node))

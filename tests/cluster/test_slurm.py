@@ -9,7 +9,8 @@ import time
 import pytest
 
 from imitate_ds.data.shards import verify_shards
-from tests.cluster.conftest import BATCH, STEPS
+from tests.cluster.conftest import STEPS
+from tests.cluster.runs import BATCH
 from tests.cluster.slurm import REPOSITORY, wait_for
 
 pytestmark = pytest.mark.cluster
