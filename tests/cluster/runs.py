@@ -100,6 +100,8 @@ def submit(
         **(environment or {}),
     }
     arguments = ["--config", str(path), *(part for item in settings for part in ("--set", item))]
-    options = ("--exclusive", f"--output={output}", *options)
+    # All CPUs of a node and not --exclusive, which takes its GPUs too: Slurm 22.05 loses count of those ("gres/gpu: job dealloc
+    # of node bad node_offset") where a job is requeued from a node that is back at once, and never starts it again.
+    options = ("--cpus-per-task=2", f"--output={output}", *options)
     job = cluster.submit("launch/pretrain.sbatch", *arguments, options=options, environment=given)
     return Run(cluster, job, runs / name, consumed, output)
