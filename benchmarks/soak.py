@@ -5,9 +5,9 @@
 The cluster is the throw-away one of tests/cluster: real daemons, and nodes with network, processes and power of their own, on
 this machine; needs root. launch/pretrain.sbatch runs on two nodes or three, as many as there are, one rank each. Again and again,
 a random number of steps after the run has recovered (now and then while it still starts), one fault of a random kind strikes at
-a random node. The time to recover goes from the fault to the first step that had not been made before it: noticing, saving where
-there is somebody left to save, SLURM_WAIT (10 s here), the queue, starting again, repeating what was not saved. Slurm's own wait
-before a requeued job may begin (two minutes) is cut short.
+a random node. The time to recover goes from the fault to the tenth step that had not been made before it (fewer are also made by
+a run that is on its way out): noticing, saving where there is somebody left to save, SLURM_WAIT (10 s here), the queue, starting
+again, repeating what was not saved, ten steps. Slurm's own wait before a requeued job may begin (two minutes) is cut short.
 
 Then the run is left alone to its end. The studies of every step that counts are compared with the plan, and every loss with that
 of a run that nothing happened to; the rate is so low that training does not amplify the rounding of sums over two nodes or three.
@@ -33,6 +33,7 @@ from tests.cluster.slurm import Cluster, wait_for, why_not_here
 NODES, FEWEST = 3, 2
 STEP_SECONDS = 0.2  # added to every step, so that a fault hits one
 QUIET_STEPS = (8, 22)  # between recovery and the next fault
+RECOVERED_STEPS = 10
 SETTINGS = ("optim.lr=2e-6",)
 RANK = "^[^ ]*python[0-9.]* -m tests[.]cluster[.]witness"  # and the workers forked from it, which are younger
 
@@ -130,13 +131,13 @@ def restarts(run: Run) -> int:
 
 
 def wait_for_recovery(run: Run, step: int) -> bool:
-    """Until a step is made that had not been made before. True where Slurm held the job, and it had to be released."""
+    """Until new steps are made. True where Slurm held the job, and it had to be released."""
     released = False
 
     def recovered() -> bool:
         nonlocal released
         run.cluster.kick(run.job)
-        if run.step > step:
+        if run.step >= step + RECOVERED_STEPS:
             return True
         record = run.cluster.job(run.job)
         if record["JobState"] == "PENDING" and record["Reason"] in (
@@ -204,7 +205,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict:
-    steps = (QUIET_STEPS[1] + 2) * (given.faults + 1)
+    steps = (QUIET_STEPS[1] + RECOVERED_STEPS + 2) * (given.faults + 1)
     began = time.monotonic()
     with Cluster(folder / "cluster", NODES) as cluster:
         settings = (*SETTINGS, f"train.max_steps={steps}")
