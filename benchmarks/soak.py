@@ -107,8 +107,9 @@ def soak(run: Run, faults: int, chance: random.Random) -> list[dict]:
 def strike(site: Site, kind: str, while_starting: bool) -> dict:
     run, chance = site.run, site.chance
     if while_starting:
+        before = restarts(run)
         run.cluster.run("scontrol", "requeue", str(run.job))
-        run.cluster.wait_start(run.job, restarts=restarts(run) + 1)
+        run.cluster.wait_start(run.job, restarts=before + 1)
         time.sleep(chance.uniform(0, 8))
     site.draw_node()
     step, before, struck = run.step, restarts(run), time.monotonic()
