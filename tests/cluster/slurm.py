@@ -62,7 +62,9 @@ class Cluster:
             limit,
             what=f"n{node} to be given up",
         )
-        time.sleep(5)  # no machine boots faster, and what Slurm still wants to tell the dead one must not reach the new one
+        time.sleep(
+            5
+        )  # no machine boots faster, and what Slurm still wants to tell the dead one must not reach the new one
 
     def boot(self, node: int) -> None:
         self._do("boot", str(node))
