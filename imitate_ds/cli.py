@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from imitate_ds.config import load_yaml
 from imitate_ds.launch import Launcher
+from imitate_ds.run_file import load_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and describe tar shards.")

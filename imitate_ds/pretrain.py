@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imitate_ds.config import RunConfig, dump_run_config, flat_settings, load_run_config
+from imitate_ds.config import RunConfig, load_run_config
 from imitate_ds.data.loader import build_train_loader
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.transforms import TrainViews
@@ -32,6 +32,7 @@ from imitate_ds.recipe import (
     train_step,
     with_operands,
 )
+from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
 from imitate_ds.training.drain import Drain, listening
@@ -86,7 +87,7 @@ def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
         engine = build_engine(build_model(config, inputs), config.train, config.optim)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
-            _write_atomically(config.run_dir / "config.yaml", dump_run_config(config))
+            _write_atomically(config.run_dir / "config.yaml", dump_settings(config))
         metrics = _train(engine, config, inputs, state, drain or Drain())
     except BaseException as error:
         status = 2 if type(error) in EXPECTED else 1

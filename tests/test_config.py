@@ -2,7 +2,8 @@
 
 import pytest
 
-from imitate_ds.config import build_run_config, dump_run_config, load_run_config, load_yaml, setting_names
+from imitate_ds.config import RunConfig, build_run_config, load_run_config
+from imitate_ds.run_file import dump_settings, load_yaml, setting_names
 
 MINIMAL = {"name": "x", "data": {"shards": "shards/x"}}
 
@@ -14,7 +15,7 @@ def message(values: dict) -> str:
 
 
 def test_every_misspelt_setting_is_refused_with_the_nearest_name():
-    for name in setting_names():
+    for name in setting_names(RunConfig):
         *parents, leaf = name.split(".")
         values: dict = {**MINIMAL, "data": {**MINIMAL["data"]}}
         node = values
@@ -100,7 +101,7 @@ def test_run_file_over_preset_and_overrides_over_both(tmp_path):
 
 def test_dumped_run_file_gives_the_same_run():
     config = build_run_config({**MINIMAL, "preset": "paper"})
-    assert build_run_config(load_yaml(dump_run_config(config))) == config
+    assert build_run_config(load_yaml(dump_settings(config))) == config
 
 
 def test_bad_override_and_missing_file(tmp_path):
@@ -145,7 +146,7 @@ def test_shards_are_one_location_or_a_mixture():
     mixture = [{"shards": "shards/x"}, {"shards": "s3://bucket/y", "weight": 0.5}]
     config = build_run_config({**MINIMAL, "data": {"shards": mixture}})
     assert [(part.shards, part.weight) for part in config.data.shards] == [("shards/x", 1.0), ("s3://bucket/y", 0.5)]
-    assert build_run_config(load_yaml(dump_run_config(config))) == config
+    assert build_run_config(load_yaml(dump_settings(config))) == config
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from imitate_ds.config import load_yaml
+from imitate_ds.run_file import load_yaml
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imitate_ds.config import NO_ACCUMULATION, OptimConfig, TrainConfig
+from imitate_ds.config import OptimConfig, TrainConfig
 from imitate_ds.distributed import mean_over_ranks, training_device, use_group, world
+from imitate_ds.run_file import NO_ACCUMULATION
 
 # Kernels that DeepSpeed compiles lie on a node-local disk, one folder per version: a stale lock on a shared one hangs
 # every rank for ever, and so does one that a killed compilation left here. Set before the import reads it.

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from imitate_ds.config import RunConfig, flat_settings
+from imitate_ds.config import RunConfig
 from imitate_ds.distributed import gather_objects
+from imitate_ds.run_file import flat_settings
 
 # Settings that may change when a run goes on; all others must be those it was begun with.
 FREE_SETTINGS = {
