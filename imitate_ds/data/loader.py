@@ -4,17 +4,13 @@ The plan stays in the training process, which hands each worker the samples of i
 for a million samples than for a hundred, and batches arrive in the plan's order whatever the number of workers.
 """
 
-import atexit
 import copy
 import hashlib
 import json
 import logging
-import multiprocessing
-import signal
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +29,11 @@ from imitate_ds.data.shard_reader import Sample, ShardReader
 from imitate_ds.data.shard_sample import error_rule
 from imitate_ds.data.shard_store import UnreachableError
 from imitate_ds.data.transforms import VIEWS, TrainViews, eval_view
+from imitate_ds.data.worker_processes import PREFETCHED_BY_WORKER, in_workers
 
 log = logging.getLogger(__name__)
 
 VERIFY = "check the shards with 'imitate-ds shards verify'"
-PREFETCHED_BY_WORKER = 2  # batches asked of a worker before the first is wanted
 
 
 class Damaged(NamedTuple):
@@ -145,7 +141,7 @@ class TrainBatches:
         plan, requests = samples.plan, replace(self.requests, buffers=buffers)
         epoch = plan.epoch_of(self.requests.steps.start)
         damaged = self._noted_before(epoch)
-        for batch, found, buffer in _in_workers(samples, self.workers, requests):
+        for batch, found, buffer in in_workers(samples, self.workers, requests):
             if epoch != plan.epoch_of(batch.step):
                 epoch, damaged = plan.epoch_of(batch.step), []
             self._note(batch.step, found)
@@ -329,50 +325,7 @@ def build_eval_loader(
     share = -(-reader.samples // world_size)
     mine = [min(rank * share + i, reader.samples - 1) for i in range(share)]
     batches = _EvalSet(reader, mine, batch_size, input_size)
-    return _in_workers(batches, workers, range(len(batches)))
-
-
-def _in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoader:
-    """Make batches in worker processes, or here where there are none.
-
-    By fork: the first batch came after 1.4 s, with forkserver after 6 s and with spawn after 24 s (two workers, two busy
-    cores), since those import the trainer's main module, DeepSpeed included, in every worker, and again for each
-    evaluation. A worker may be forked beside the threads of gloo or NCCL because it never calls them, and computes on
-    one thread; 160 forks beside busy all-reduces were tried.
-    """
-    if workers:
-        _register_end()
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=requests,  # in this process, and lazily: the plan is drawn here
-        num_workers=workers,
-        prefetch_factor=PREFETCHED_BY_WORKER if workers else None,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
-    )
-
-
-@cache
-def _register_end() -> None:
-    atexit.register(_end_workers)
-
-
-def _end_workers() -> None:
-    """At exit multiprocessing sends SIGTERM to its daemons and waits; workers whose loader lives on do not hear it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a fault
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _start_worker(worker: int) -> None:
-    """Signals are the trainer's business: a drained run still wants the batches its workers hold."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    return in_workers(batches, workers, range(len(batches)))
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -397,10 +350,6 @@ def _collate(samples: list[Sample], images: Tensor, step: int) -> Batch:
         has_impression=torch.tensor(has_impression),
         step=step,
     )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _packed(batch: Batch) -> Batch:
