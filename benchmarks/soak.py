@@ -4,10 +4,11 @@
 
 The cluster is the throw-away one of tests/cluster: real daemons, and nodes with network, processes and power of their own, on
 this machine; needs root. launch/pretrain.sbatch runs on two nodes or three, as many as there are, one rank each. Again and again,
-a random number of steps after the run has recovered (now and then while it still starts), one fault of a random kind strikes at
-a random node. The time to recover goes from the fault to the tenth step that had not been made before it (fewer are also made by
-a run that is on its way out): noticing, saving where there is somebody left to save, SLURM_WAIT (10 s here), the queue, starting
-again, repeating what was not saved, ten steps. Slurm's own wait before a requeued job may begin (two minutes) is cut short.
+a random number of steps after the run has recovered (now and then while it starts again after a requeue), one fault of a random
+kind strikes at a random node. A node without power is booted when the run has gone on without it, and used from the next start.
+The time to recover goes from the fault to the tenth step that had not been made before it (fewer are also made by a run that is
+on its way out): noticing, saving where there is somebody left to save, SLURM_WAIT (10 s here), the queue, starting again,
+repeating what was not saved, ten steps. Slurm's own wait before a requeued job may begin (two minutes) is cut short.
 
 Then the run is left alone to its end. The studies of every step that counts are compared with the plan, and every loss with that
 of a run that nothing happened to; the rate is so low that training does not amplify the rounding of sums over two nodes or three.
@@ -19,7 +20,6 @@ import json
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,8 @@ from statistics import median
 import torch
 from common import REPOSITORY, machine, provenance
 
+from imitate_ds.data.shard_index import load_index
+from imitate_ds.data.text_cache import text_info
 from tests.cluster.runs import Run, submit
 from tests.cluster.slurm import Cluster, wait_for, why_not_here
 
@@ -44,10 +46,10 @@ class Site:
     def __init__(self, run: Run, chance: random.Random):
         self.cluster, self.run, self.chance = run.cluster, run, chance
         self.node = 0
+        self.dark = 0  # the node without power, if there is one
 
     def draw_node(self) -> None:
-        names = self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(self.run.job)["NodeList"]).split()
-        self.node = int(self.chance.choice(names).removeprefix("n"))
+        self.node = int(self.chance.choice(self.cluster.hosts(self.run.job)).removeprefix("n"))
 
     def signal_rank(self, name: str) -> None:
         script = f"pkill -{name} -o -f '{RANK}' && echo sent; true"
@@ -55,8 +57,14 @@ class Site:
 
     def lose_power(self) -> None:
         self.cluster.crash(self.node)
-        self.cluster.wait_down(self.node)
-        self.cluster.boot(self.node)
+        self.dark = self.node
+
+    def give_power(self) -> None:
+        if self.dark:
+            self.cluster.wait_down(self.dark)
+            self.cluster.boot(self.dark)
+            self.cluster.wait_up(self.dark)
+            self.dark = 0
 
     def pull_cable(self) -> None:
         self.cluster.cut(self.node)
@@ -93,7 +101,7 @@ def soak(run: Run, faults: int, chance: random.Random) -> list[dict]:
     site, events, began = Site(run, chance), [], time.monotonic()
     run.wait_for_step(5, limit=240)
     for number, kind in enumerate(kinds, 1):
-        while_starting = number > 1 and chance.random() < 0.2  # right after the fault before it
+        while_starting = number > 1 and chance.random() < 0.2
         if not while_starting:
             run.wait_for_step(run.step + chance.randint(*QUIET_STEPS), limit=240)
         event = strike(site, kind, while_starting)
@@ -115,15 +123,20 @@ def strike(site: Site, kind: str, while_starting: bool) -> dict:
     step, before, struck = run.step, restarts(run), time.monotonic()
     FAULTS[kind](site)
     released = wait_for_recovery(run, step)
+    seconds = round(time.monotonic() - struck, 1)
+    site.give_power()
+    now, before_now = processes_of_ranks(run)
     return {
         "fault": kind,
         "when": "starting" if while_starting else "training",
         "node": site.node,
         "step": step,
-        "seconds_to_recover": round(time.monotonic() - struck, 1),
+        "seconds_to_recover": seconds,
+        "ranks": run.state["ranks"],
         "restarts": restarts(run) - before,
         "released_by_hand": released,
-        "left_running": sum(left_running(run).values()),
+        "running": now,
+        "left_running": before_now,
     }
 
 
@@ -156,15 +169,15 @@ def wait_for_recovery(run: Run, step: int) -> bool:
     return released
 
 
-def left_running(run: Run) -> Counter[int]:
-    """Processes of earlier starts, by node."""
-    script = (
-        f"for p in $(pgrep -f '{RANK}'); do tr '\\0' '\\n' </proc/$p/environ; echo; done 2>/dev/null"
-        " | sed -n 's/^SLURM_RESTART_COUNT=//p'"
-    )
-    now = str(restarts(run))
-    found = {node: run.cluster.node(node, "sh", "-c", script).split() for node in range(1, NODES + 1)}
-    return Counter({node: sum(start != now for start in starts) for node, starts in found.items()})
+def processes_of_ranks(run: Run) -> tuple[int, int]:
+    """How many there are on all nodes, workers included: of the start that runs now, and of those before it."""
+    count = "tr '\\0' '\\n' </proc/$p/environ | grep ^SLURM_RESTART_COUNT= || echo =0"  # the first start has none
+    script = f"for p in $(pgrep -f '{RANK}'); do {count}; done"
+    starts: list[int] = []
+    for node in range(1, NODES + 1):
+        starts += [int(line.partition("=")[2]) for line in run.cluster.node(node, "sh", "-c", script).split()]
+    now = restarts(run)
+    return starts.count(now), len(starts) - starts.count(now)
 
 
 def summary(events: list[dict]) -> list[dict]:
@@ -195,13 +208,18 @@ def main() -> None:
     given = parser.parse_args()
     if lacking := why_not_here():
         raise SystemExit(lacking)
+    try:
+        text_info(load_index(given.shards))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"--shards: {error}; 'make shards/phantom/text.json' makes phantoms") from None
     with tempfile.TemporaryDirectory() as name:
         folder = given.keep or Path(name)
         (folder / "runs").mkdir(parents=True)
         record = measure(given, folder)
     given.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: value for key, value in record.items() if key != "events"}, indent=1))
-    if any(record[name] for name in ("lost", "seen_twice_or_foreign", "losses_missing", "left_running")):
+    wrong = ("lost", "seen_twice_or_foreign", "losses_missing", "left_running")
+    if any(record[name] for name in wrong) or not record["fewest_processes_seen"]:
         raise SystemExit(1)
 
 
@@ -239,6 +257,8 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
         "losses_missing": verdict.losses_missing,
         "largest_difference_of_a_loss": verdict.loss_difference,
         "left_running": sum(event["left_running"] for event in events),
+        "fewest_processes_seen": min(event["running"] for event in events),
+        "ranks": sorted({event["ranks"] for event in events}),
         "by_fault": summary(events),
         "events": events,
     }

@@ -62,9 +62,14 @@ class Cluster:
             limit,
             what=f"n{node} to be given up",
         )
-        time.sleep(
-            5
-        )  # no machine boots faster, and what Slurm still wants to tell the dead one must not reach the new one
+        # No machine boots faster, and what Slurm still wants to tell the dead one must not reach the new one.
+        time.sleep(5)
+
+    def wait_up(self, node: int, limit: float = 60) -> None:
+        """Until Slurm would use a node again."""
+        wait_for(
+            lambda: "idle" in self.run("sinfo", "-h", "-n", f"n{node}", "-o", "%T"), limit, what=f"n{node} to be back"
+        )
 
     def boot(self, node: int) -> None:
         self._do("boot", str(node))
@@ -84,6 +89,10 @@ class Cluster:
     def job(self, job: int) -> dict[str, str]:
         """Slurm's record of a job: JobState, Reason, Restarts, NodeList, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
+
+    def hosts(self, job: int) -> list[str]:
+        """The nodes that a job runs on; the first has its script."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
     def wait(self, job: int, limit: float = 240) -> dict[str, str]:
         """Until a job has left the queue; what a requeue puts off is brought forward. Its last record."""

@@ -70,6 +70,23 @@ def test_a_cable_is_pulled_for_twenty_seconds(cluster, start, undisturbed):
     clean(run.verdict(undisturbed))
 
 
+def test_a_cable_stays_out(cluster, start, undisturbed):
+    """It goes on with the third node, and the rank that nobody can reach ends itself."""
+    run = start("unplugged", "train.timeout_s=20", options=("--nodes=2",), **SLOWLY)
+    run.wait_for_step(15)
+    lost = int(cluster.hosts(run.job)[1].removeprefix("n"))
+    is_there = "pgrep -f '^[^ ]*python[0-9.]* -m tests' || true"
+    assert cluster.node(lost, "sh", "-c", is_there)
+    cluster.cut(lost)
+    cluster.wait_start(run.job, restarts=1)
+    run.wait_for_step(30)
+    wait_for(lambda: not cluster.node(lost, "sh", "-c", is_there), 60, what="the end of the rank that is cut off")
+    cluster.heal(lost)
+    run.wait_for_end(restarts=1)
+    cluster.wait_idle(3)
+    clean(run.verdict(undisturbed))
+
+
 def test_it_goes_on_with_the_nodes_that_are_left(cluster, start, undisturbed):
     """On one node of two, and on both when it is back. Other sums of the same numbers: equal up to rounding."""
     run = start("fewer", options=("--nodes=1-2", "--exclude=n3"), **SLOWLY)
