@@ -82,8 +82,9 @@ def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
         check_same_run(run_identity(config, inputs), read_state(checkpoint)["identity"], checkpoint)
     heart = Heart(config.run_dir, config.train.timeout_s)
     try:
-        _tell(config, inputs, "running", read_state(checkpoint)["step"] if checkpoint else 0)
-        flight.begin("building the model")
+        start_step = read_state(checkpoint)["step"] if checkpoint else 0
+        _tell(config, inputs, "running", start_step)
+        flight.begin("building the model", start_step)
         engine = build_engine(build_model(config, inputs), config.train, config.optim)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
