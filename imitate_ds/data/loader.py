@@ -69,7 +69,7 @@ class _TrainSet(Dataset):
         step, rows, buffer = request
         read = [self._read(step, self.first_row + place, row) for place, row in enumerate(rows)]
         samples = [sample for sample, _, _ in read]
-        seeds = [_view_seed(self.seed, where.visit, sample.key) for sample, where, _ in read]
+        seeds = [view_seed(self.seed, where.visit, sample.key) for sample, where, _ in read]
         damaged = [found for _, _, several in read for found in several]
         _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
         images, draws = torch.stack([sample.image for sample in samples]), self.views.draw(seeds)
@@ -333,7 +333,7 @@ def _pinned(tensor: Tensor) -> Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def _view_seed(seed: int, visit: int, key: str) -> int:
+def view_seed(seed: int, visit: int, key: str) -> int:
     """The same views of a sample in the same visit, wherever and in whatever order they are made."""
     text = f"{seed}/{visit}/{key}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
