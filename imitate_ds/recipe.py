@@ -26,19 +26,11 @@ from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
 from imitate_ds.training.checkpoint import read_state
+from imitate_ds.training.course import Horizon
 from imitate_ds.training.engine import average_batch_norm_statistics, batch_norm_policy, full_state_dict
 from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput
-
-
-class Horizon(NamedTuple):
-    """How long a run is, in optimizer steps."""
-
-    samples: int
-    global_batch_size: int
-    steps_per_epoch: int
-    total_steps: int
 
 
 class Inputs(NamedTuple):

@@ -162,8 +162,8 @@ def _check_exclusive(index: ShardIndex, split: str, keys: list[str], labels: np.
     wrong = np.flatnonzero((labels == 1).sum(axis=1) != 1)
     if len(wrong):
         raise ValueError(
-            f"task.exclusive = True: {len(wrong)} samples of split {split!r} of {index.root} have not exactly one of the targets, "
-            f"the first is {keys[wrong[0]]}; take exclusive out, or choose other targets"
+            f"task.exclusive = True: {len(wrong)} samples of split {split!r} of {index.root} have not exactly one of the "
+            f"targets, the first is {keys[wrong[0]]}; take exclusive out, or choose other targets"
         )
 
 

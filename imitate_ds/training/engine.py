@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -114,23 +114,37 @@ def deepspeed_config(train: TrainConfig, optim: OptimConfig, *, has_batch_norm: 
     return config
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: with weight decay, and (norms, biases, positions) without."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def whole_rate(parameter: str) -> float:
+    """Every parameter learns at the rate of the step."""
+    return 1.0
+
+
+def parameter_groups(
+    model: nn.Module, optim: OptimConfig, rate_share: Callable[[str], float] = whole_rate
+) -> list[dict[str, Any]]:
+    """Trainable parameters with weight decay, and (norms, biases, positions) without, by their share of the learning rate."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim <= 1 or name.endswith(("positions", "cls", "cls_token", "pos_embed"))
-            (plain if is_plain and not optim.decay_norm_and_bias else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            kind = is_plain and not optim.decay_norm_and_bias, rate_share(name)
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": groups[plain, share], "weight_decay": 0.0 if plain else optim.weight_decay, "rate_share": share}
+        for plain, share in sorted(groups)
+    ]
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, *, on_cuda: bool, offloaded: bool = False
+    model: nn.Module,
+    optim: OptimConfig,
+    rate_share: Callable[[str], float] = whole_rate,
+    *,
+    on_cuda: bool,
+    offloaded: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW or LAMB over the parameter groups; `auto` is DeepSpeed's FusedAdam on CUDA, torch's fused AdamW elsewhere."""
-    groups = parameter_groups(model, optim)
+    groups = parameter_groups(model, optim, rate_share)
     name = optim.name
     if name == "auto":
         name = "fused_adam" if on_cuda and not offloaded else "adamw"
@@ -247,8 +261,13 @@ def one_reduction(engine: Any) -> Iterator[None]:
         engine.allreduce_gradients()
 
 
-def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> Any:
-    """Hand the model to DeepSpeed. What must not train has to be frozen before this: afterwards weights still move."""
+def build_engine(
+    model: nn.Module, train: TrainConfig, optim: OptimConfig, rate_share: Callable[[str], float] = whole_rate
+) -> Any:
+    """Hand the model to DeepSpeed. What must not train has to be frozen before this: afterwards weights still move.
+
+    rate_share: of the learning rate of each step, for a parameter by name.
+    """
     device = training_device()
     if batch_norm_policy(train, device) == "freeze":
         freeze_batch_norm(model)
@@ -258,7 +277,7 @@ def build_engine(model: nn.Module, train: TrainConfig, optim: OptimConfig) -> An
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(train, optim, has_batch_norm=has_batch_norm(model))
     offloaded = "offload_optimizer" in config.get("zero_optimization", {})
-    optimizer = build_optimizer(model, optim, on_cuda=device.type == "cuda", offloaded=offloaded)
+    optimizer = build_optimizer(model, optim, rate_share, on_cuda=device.type == "cuda", offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     use_group(engine.data_parallel_group)  # type: ignore[arg-type]
     if train.grad_cache_chunk:
@@ -318,7 +337,7 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 def set_learning_rate(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate_share"]
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class Calls(NamedTuple):
     """What the loop asks of whoever runs it. All are called on every rank, in the same order."""
 
     pauses_at: Callable[[int], bool]  # after how many steps `pause` is called
-    pause: Callable[[int], None]  # evaluates and saves after so many steps
+    pause: Callable[[int], bool]  # evaluates and saves after so many steps; whether training has gone on long enough
     between: Callable[[], Mapping[str, float]]  # at every logged step; more numbers to log
     skipped: Callable[[int, Movable, StepOutput, Step], None]  # a step that was not applied; may raise
 
@@ -83,7 +83,8 @@ def train_steps(
 ) -> Stopped | None:
     """Run one optimizer step for every batch: step_fn goes forward and backward, the engine steps.
 
-    Where some rank was asked to end (drain), all stop after the same step, and it is returned; None where all steps are done.
+    Where some rank was asked to end (drain), all stop after the same step, and it is returned; None where all steps are done, or
+    a pause says that they were enough.
     A step whose gradient is not finite is skipped on all ranks.
 
     Raises FloatingPointError for a loss that is not finite though its gradient is: found when logged, and before any pause,
@@ -121,7 +122,9 @@ def train_steps(
             monitor.pictures(done, output.pictures())
         if pauses:
             with clock.paused():
-                calls.pause(done)
+                enough = calls.pause(done)
+            if enough:
+                break
         if told is not None and told[:, 0].any() and done < settings.total_steps:
             pulse.last()
             rank = int(told[:, 0].argmax())
