@@ -4,6 +4,7 @@ It resumes, steps, validates, saves, stops where it is asked to, and tells in fi
 what, is the Plan's.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -137,9 +138,11 @@ def take_course(
         return _train(plan, engine, state, drain or Drain())
     except BaseException as error:
         status = 2 if type(error) in EXPECTED else 1
-        _tell(plan, "failed", flight.step, reason=str(error).partition("\n")[0], status=status)
-        if here.size > 1 and isinstance(error, RuntimeError):  # of a collective, whose partner may have died
-            heart.report_failure(error)
+        reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])  # without the place in a library's C++
+        _tell(plan, "failed", flight.step, reason=reason, status=status)
+        of_collective = here.size > 1 and isinstance(error, RuntimeError)  # whose partner may have died
+        if of_collective and (silent := heart.report_failure(error)):
+            _tell(plan, "failed", flight.step, reason="; ".join(silent), status=status)
         raise
     finally:
         heart.stop()

@@ -46,11 +46,11 @@ class Heart:
         self._stopped.set()
         self._thread.join(timeout=10)
 
-    def report_failure(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> list[str]:
         """Write down this rank's end and its last collectives; say who was silent, once silence can be told from a pause."""
         self._write_failure("".join(traceback.format_exception_only(error)).strip())
         time.sleep(2.5 * beat_seconds(self.ranks))  # a rank that died a moment ago has only just been heard of
-        self._say_who_is_silent()
+        return self._say_who_is_silent()
 
     def _live(self) -> None:
         self._beat()
@@ -88,17 +88,20 @@ class Heart:
                 self._say(f"{path}: cannot be written ({error.strerror})")
             self._failed_before = True
 
-    def _say_who_is_silent(self) -> None:
+    def _say_who_is_silent(self) -> list[str]:
         beats = read_beats(self.run_dir)
         newest = max((beat.time for beat in beats), default=0.0)
-        for rank in sorted(set(range(self.ranks)) - {beat.rank for beat in beats}):
-            self._say(f"rank {rank} was never heard of")
-        for beat in beats:
-            if newest - beat.time > 2 * beat_seconds(self.ranks):
-                self._say(
-                    f"rank {beat.rank} ({beat.host}) was last heard of {newest - beat.time:.0f} s before the others, in step "
-                    f"{beat.step}, {beat.doing}"
-                )
+        never = sorted(set(range(self.ranks)) - {beat.rank for beat in beats})
+        silent = [f"rank {rank} was never heard of" for rank in never]
+        silent += [
+            f"rank {beat.rank} ({beat.host}) was last heard of {newest - beat.time:.0f} s before the others, in step "
+            f"{beat.step}, {beat.doing}"
+            for beat in beats
+            if newest - beat.time > 2 * beat_seconds(self.ranks)
+        ]
+        for line in silent:
+            self._say(line)
+        return silent
 
     def _say(self, text: str) -> None:
         print(f"imitate_ds: rank {self.rank}: {text}", file=sys.stderr, flush=True)

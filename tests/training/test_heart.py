@@ -48,8 +48,10 @@ def test_who_was_silent_is_said(tmp_path, capsys):
     for rank, ago in ((0, 0), (1, 30)):
         beat = Beat(rank, f"n{rank}", 1, 17, "forward and backward: gather rows", 0.0, time.time() - ago)
         (tmp_path / HEARTBEATS / f"rank-{rank:05d}.json").write_text(json.dumps(beat._asdict()))
-    heart._say_who_is_silent()
+    silent = heart._say_who_is_silent()
     said = capsys.readouterr().err
+    assert [line for line in silent if line not in said] == []
+    assert len(silent) == 2
     assert "rank 1 (n1) was last heard of 30 s before the others, in step 17, forward and backward: gather rows" in said
     assert "rank 2 was never heard of" in said
     assert "rank 0 (" not in said
