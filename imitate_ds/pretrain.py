@@ -1,9 +1,5 @@
 """Pre-training, the main entrance: `deepspeed --module imitate_ds.pretrain --config RUN.yaml [--set key=value ...]`."""
 
-import argparse
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +13,7 @@ from imitate_ds.config import RunConfig, load_run_config
 from imitate_ds.data.loader import TrainBatches, build_train_loader
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.transforms import TrainViews
-from imitate_ds.distributed import leave_world, world
+from imitate_ds.distributed import world
 from imitate_ds.evaluation.validation import validate
 from imitate_ds.recipe import (
     Inputs,
@@ -29,8 +25,8 @@ from imitate_ds.recipe import (
     train_step,
     with_operands,
 )
-from imitate_ds.training.course import EXPECTED, Plan, take_course
-from imitate_ds.training.drain import Drain, listening
+from imitate_ds.training.course import Plan, run_entrance, take_course
+from imitate_ds.training.drain import Drain
 from imitate_ds.training.loop import StepOutput
 from imitate_ds.training.schedule import learning_rate, restart_period
 
@@ -116,32 +112,8 @@ class Pretraining(Plan):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entrance of every rank. What is wrong with the input is one clear message and status 2; a bug is a traceback.
-
-    Either way the process ends at once: a rank that lingers would leave the others waiting in a collective.
-    """
-    parser = argparse.ArgumentParser(prog="imitate_ds.pretrain", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    given = parser.parse_args(arguments)
-    rank, status = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"), 1
-    try:
-        config = load_run_config(given.config, given.set)
-        os.umask(0o077 if config.share == "private" else 0o027)  # for all that the run writes
-        with listening() as drain:
-            pretrain(config, drain)
-        status = 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        if type(error) in EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):
-            status = 2
-            print(f"imitate_ds.pretrain: rank {rank}: {error}\n(IMITATE_DS_TRACEBACK=1 shows where)", file=sys.stderr)
-        else:
-            raise
-    finally:
-        if status == 1:
-            traceback.print_exc()
-        leave_world(status)
+    """Entrance of every rank."""
+    run_entrance("imitate_ds.pretrain", __doc__, load_run_config, pretrain, arguments)
 
 
 if __name__ == "__main__":

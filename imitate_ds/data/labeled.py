@@ -205,16 +205,17 @@ class _Request(NamedTuple):
     samples: list[tuple[int, int]]  # place in the split, visit
 
 
-class _Requests(NamedTuple):
+@dataclass(frozen=True)
+class _Requests:
     order: Order
     rank: int
     world_size: int
     steps: range
 
-    def __len__(self) -> int:  # type: ignore[override]  # as a sampler of DataLoader
+    def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[_Request]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[_Request]:
         return (_Request(step, self.order.batch(step, self.rank, self.world_size)) for step in self.steps)
 
 

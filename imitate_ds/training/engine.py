@@ -337,7 +337,7 @@ def restore_loss_scale(engine: Any, state: dict[str, Any]) -> None:
 
 def set_learning_rate(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["rate_share"]
+        group["lr"] = lr * group.get("rate_share", 1.0)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
