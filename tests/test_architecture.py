@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "run_file": set(),
     "data": {"batch", "config", "distributed", "finetune_config", "run_file"},
     "models": {"batch", "config", "finetune_config"},
+    "heads": {"batch"},
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed", "flight", "run_file"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
@@ -40,6 +41,7 @@ ONLY_IN = {
     "transformers": {"models"},
     "safetensors": {"hub", "data.text_cache", "models", "training.tensor_files"},
     "huggingface_hub": {"hub", "models"},
+    "segmentation_models_pytorch": {"heads"},
     "pickle": set(),
 }
 

@@ -1,6 +1,7 @@
 """Boxes, by torchvision's RetinaNet or FCOS over a feature pyramid of the encoder's levels.
 
-"Focal Loss for Dense Object Detection" (Lin et al., 2017); "FCOS: Fully Convolutional One-Stage Object Detection" (Tian et al., 2019).
+"Focal Loss for Dense Object Detection" (Lin et al., 2017); "FCOS: Fully Convolutional One-Stage Object Detection" (Tian et
+al., 2019).
 """
 
 from collections.abc import Sequence
@@ -48,16 +49,13 @@ class DetectionHead(nn.Module):
         width: int = 128,
     ):
         super().__init__()
-        self.pyramid = Pyramid(channels, reductions)
-        strides = self.pyramid.reductions
-        self.first = next((i for i, stride in enumerate(strides) if stride >= FINEST), len(strides) - 1)
-        strides = [*strides[self.first :], 2 * strides[-1]]
-        self.fpn = FeaturePyramidNetwork(list(channels[self.first :]), width, extra_blocks=LastLevelMaxPool())
+        self.pyramid = Pyramid(channels, reductions, finest=FINEST)
+        strides = [*self.pyramid.reductions, 2 * self.pyramid.reductions[-1]]
+        self.fpn = FeaturePyramidNetwork(self.pyramid.channels, width, extra_blocks=LastLevelMaxPool())
         self.detector = _detector(kind, strides, classes, width)
 
     def forward(self, levels: list[Tensor], size: tuple[int, int]) -> _Outputs:
-        levels = self.pyramid(levels)[self.first :]
-        maps = list(self.fpn({str(i): level for i, level in enumerate(levels)}).values())
+        maps = list(self.fpn({str(i): level for i, level in enumerate(self.pyramid(levels))}).values())
         return _Outputs(size, maps, {name: value.float() for name, value in self.detector.head(maps).items()})
 
     def loss(self, outputs: _Outputs, batch: LabeledBatch) -> dict[str, Tensor]:
@@ -69,7 +67,9 @@ class DetectionHead(nn.Module):
         anchors = self._anchors(outputs)
         more = (self._anchors_by_level(outputs),) if isinstance(self.detector, FCOS) else ()
         terms: dict[str, Any] = self.detector.compute_loss(targets, outputs.heads, anchors, *more)
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        # Without boxes a term reaches no parameter, but all ranks must have all gradients.
+        nothing = sum(0 * value.sum() for value in outputs.heads.values())
+        return {"loss": torch.stack(list(terms.values())).sum() + nothing, **terms}
 
     def predict(self, outputs: _Outputs) -> list[Found]:
         """Boxes of each image, the surest first."""

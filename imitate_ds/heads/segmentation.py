@@ -1,7 +1,7 @@
 """Masks, by a decoder of segmentation_models_pytorch over the encoder's levels.
 
-Loss of the protocol of "Multi-Granularity Cross-modal Alignment for Generalized Medical Visual Representation Learning" (MGCA, Wang et
-al., 2022): 10 focal - log Dice.
+Loss of the protocol of MGCA ("Multi-Granularity Cross-modal Alignment for Generalized Medical Visual Representation Learning",
+Wang et al., 2022): 10 focal - log Dice.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class SegmentationHead(nn.Module):
             width = widths[-1]
         elif len(channels) != FPN_LEVELS:
             raise ValueError(
-                f"task.head = 'fpn': needs {FPN_LEVELS} levels, model.aggregation.keep has {len(channels)}; take unet"
+                f"task.head = 'fpn': needs {FPN_LEVELS} levels, the encoder has {len(channels)}; take unet"
             )
         else:
             self.decoder = FPNDecoder(list(channels))
@@ -43,7 +43,11 @@ class SegmentationHead(nn.Module):
     def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits [B, masks, H, W] of the image's size."""
         levels = self.pyramid(levels)
-        half = levels[0].new_empty(0).expand(0, 1, *(-(-side // 2) for side in size))  # of which only the shape is read
+        if isinstance(self.decoder, FPNDecoder):
+            levels = _halving(levels)
+        half = (
+            levels[0].new_zeros(()).expand(1, 1, *(-(-side // 2) for side in size))
+        )  # of which only the shape is read
         logits = self.classifier(self.decoder([half, *levels]))
         return interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
@@ -57,6 +61,16 @@ class SegmentationHead(nn.Module):
     def predict(self, logits: Tensor) -> Tensor:
         """Probabilities [B, masks, H, W]."""
         return logits.sigmoid()
+
+
+def _halving(levels: list[Tensor]) -> list[Tensor]:
+    """The same, resized where a level is not twice as large as the next: of sides that do not divide by 32."""
+    fitted = [levels[-1]]
+    for level in levels[-2::-1]:
+        size = [2 * side for side in fitted[0].shape[-2:]]
+        same = list(level.shape[-2:]) == size
+        fitted.insert(0, level if same else interpolate(level, size=size, mode="bilinear", align_corners=False))
+    return fitted
 
 
 def _focal(logits: Tensor, inside: Tensor, known: Tensor) -> Tensor:
