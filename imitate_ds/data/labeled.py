@@ -21,10 +21,10 @@ from torchvision.transforms import v2
 
 from imitate_ds.batch import IGNORED, LabeledBatch
 from imitate_ds.data.loader import VERIFY, view_seed
-from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at, read_meta
+from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at, read_metas
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.shard_reader import ShardReader
-from imitate_ds.data.shard_sample import error_rule
+from imitate_ds.data.shard_sample import MASK, error_rule
 from imitate_ds.data.worker_processes import in_workers
 from imitate_ds.finetune_config import LabeledAugmentConfig, LabeledDataConfig, TaskConfig
 
@@ -32,8 +32,7 @@ UNKNOWN = -2  # a label that a study does not say anything about; -1 is uncertai
 OUTSIDE, UNSAID = (
     63,
     191,
-)  # grey levels of a stored mask: below, outside; above the second, inside; between, nobody says
-MASK = ".mask.png"
+)  # grey levels of a stored mask: up to, outside; above the second, inside; between, nobody says
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ def open_labeled(index: ShardIndex, split: str, task: TaskConfig, data: LabeledD
     row = 0
     for shard in index.of_split(split):
         stored = _mask_places(index, shard) if task.kind == "segmentation" else {}
-        for member in shard.members:
-            meta = read_meta(index.root, shard, member)
+        for member, meta in read_metas(index, shard):
             if (annotation := _annotation(meta, task, targets, data, stored.get(member.key, {}))) is not None:
                 found.add(row, member.key, member.patient, *annotation)
             row += 1
@@ -243,8 +241,10 @@ class _LabeledSet(Dataset):
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {key}: {error_rule(error)}; {VERIFY}") from error
         boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(self.split.boxes[place]), format="XYXY", canvas_size=tuple(image.shape[-2:])
-        )  # type: ignore[call-overload]
+            torch.from_numpy(self.split.boxes[place]),  # type: ignore[call-overload]
+            format="XYXY",
+            canvas_size=(image.shape[-2], image.shape[-1]),
+        )
         whole = {
             "image": tv_tensors.Image(image),
             "masks": tv_tensors.Mask(masks),
@@ -292,7 +292,7 @@ def build_scoring_loader(
     """Every sample once, unchanged; rank r has the r-th contiguous part.
 
     All ranks get the same number of batches of the same sizes, so that collectives match: the last sample is repeated to fill
-    up, and whoever gathers drops repeats by key. A masks stays at the size of the encoder's input.
+    up, and whoever gathers drops repeats by key. A mask has the size of the encoder's input.
     """
     share = -(-len(split) // world_size)
     mine = [(min(rank * share + i, len(split) - 1), 0) for i in range(share)]
@@ -309,7 +309,7 @@ def _fitted(input_size: int) -> v2.Transform:
 def _train_views(augment: LabeledAugmentConfig, input_size: int) -> v2.Transform:
     """Moved and shaded, boxes that have left the image or shrunk to less than two pixels taken out."""
     move = v2.RandomAffine(
-        degrees=augment.rotation,
+        degrees=(-augment.rotation, augment.rotation),
         translate=(augment.translation, augment.translation),
         scale=(1 - augment.scale, 1 + augment.scale),
         interpolation=v2.InterpolationMode.BILINEAR,

@@ -11,6 +11,7 @@ from imitate_ds.data.radiographs import ContentBox, content_box, fit_square
 from imitate_ds.data.sources.base import RadiographRef, Study
 
 JPEG_QUALITY = 95
+MASK = ".mask.png"  # what the name of a mask's file ends in, after the key and its own name
 SYNTHETIC = "synthetic phantom"  # a comment in every picture that is no real radiograph, wherever it goes alone
 
 
@@ -27,7 +28,7 @@ def encode_sample(study: Study, image: RadiographRef, size: int, *, synthetic: b
         mask = read()
         if mask.shape != pixels.shape:
             raise ValueError("mask and radiograph differ in size")
-        files[f"{name}.mask.png"] = _png(fit_square(mask, content, size, nearest=True), synthetic)
+        files[f"{name}{MASK}"] = _png(fit_square(mask, content, size, nearest=True), synthetic)
     return files, _meta(study, image, content, size) | {"synthetic": synthetic}
 
 
