@@ -26,7 +26,8 @@ from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompts import prompts_for
 from imitate_ds.evaluation.report import open_out, write_result
 from imitate_ds.evaluation.retrieval import Pairs, score_pairs
-from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
+from imitate_ds.export_folder import WEIGHTS
+from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, load_model
 from imitate_ds.metrics import (
     DRAWS,
     SEED,
