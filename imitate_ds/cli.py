@@ -28,6 +28,9 @@ Split = Annotated[str, typer.Option("--split", help="The split that is scored.")
 Protocol = Annotated[
     Literal["strict", "reference"], typer.Option("--protocol", help="strict, or reference (as papers did).")
 ]
+Branch = Annotated[
+    Literal["impression", "findings"], typer.Option("--branch", help="impression: a diagnosis; findings: what is seen.")
+]
 
 
 @app.command()
@@ -294,12 +297,27 @@ def evaluate_retrieval(
 
 @evaluate_app.command("zero-shot")
 def evaluate_zero_shot(
-    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+    model: ModelFolder,
+    shards: ShardsFolder,
+    out: OutFolder,
+    split: Split = "val",
+    protocol: Protocol = "strict",
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. Unless given, all labels "
+            "that ship."
+        ),
+    ] = "",
+    branch: Branch = "impression",
 ) -> None:
-    """AUROC of prompted classification, per label and macro, with 95 % intervals by patient."""
+    """AUROC, average precision, F1 and accuracy of prompted classification, with 95 % intervals by patient."""
     from imitate_ds import evaluate
 
-    _show(evaluate.evaluate_zero_shot(model, shards, out, split=split, protocol=protocol), out)
+    result = evaluate.evaluate_zero_shot(
+        model, shards, out, split=split, protocol=protocol, prompts=prompts, branch=branch
+    )
+    _show(result, out)
 
 
 @evaluate_app.command("probe")

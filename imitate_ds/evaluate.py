@@ -22,21 +22,14 @@ from imitate_ds.evaluation.embedded import (
     embed_reports,
     read_split,
 )
+from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
-from imitate_ds.evaluation.prompts import prompts_for
+from imitate_ds.evaluation.prompt_file import load_prompts
 from imitate_ds.evaluation.report import open_out, write_result
 from imitate_ds.evaluation.retrieval import Pairs, score_pairs
-from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
-from imitate_ds.metrics import (
-    DRAWS,
-    SEED,
-    Figures,
-    Ties,
-    bootstrap_by_patient,
-    figure,
-    macro_auroc_statistic,
-    roc_curve,
-)
+from imitate_ds.evaluation.zero_shot import score_zero_shot
+from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, Section, load_model
+from imitate_ds.metrics import DRAWS, SEED, Figures, Ties
 
 Protocol = Literal["strict", "reference"]
 
@@ -86,29 +79,26 @@ def evaluate_retrieval(
 
 
 def evaluate_zero_shot(
-    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    prompts: str = "",
+    branch: Section = "impression",
 ) -> dict[str, Any]:
-    """Prompted classification on the impression branch: AUROC per label and macro.
+    """Prompted classification: AUROC, average precision, F1 and accuracy per label and macro; of classes, accuracy too.
 
-    An image's score depends on no other image: nothing is standardised over the batch. AUROC of one label does not
-    notice such a scaling, nor does it need a threshold, so both protocols give the same figures here.
+    prompts: a file of them, or the name of one that ships; all labels that ship unless given. An image's score depends
+    on no other image, nothing is standardised over the batch, and no threshold is chosen on what is scored, so both
+    protocols give the same figures here.
     """
+    file = load_prompts(prompts) if prompts else None
     task = _open(model, shards, out, split, protocol)
     _require_labels(task.records)
-    labels = task.records.index.labels
-    prompts = prompts_for(labels)
-    task = task._replace(records=task.records.with_labels(list(prompts)))
-    _require_labels(task.records)
-    margins = task.model.zero_shot_scores(task.images.impression, prompts)
-    scores = torch.stack(list(margins.values()), dim=1).numpy()
-    metrics = _aurocs(task.records, [scores])
-    settings = {
-        "prompts": prompts,
-        "labels_without_prompt": [name for name in labels if name not in prompts],
-        "score": "P(affirming) - P(denying)",
-        "temperature": task.model.settings["temperature"],
-    }
-    return _write("zero-shot", out, protocol, task, metrics, settings, _roc_curves(task.records, scores))
+    scored = score_zero_shot(task.model, task.records, task.images, file, branch)
+    return _write("zero-shot", out, protocol, task, *scored)
 
 
 def evaluate_probe(
@@ -138,7 +128,7 @@ def evaluate_probe(
     for name, share in SHARES.items():
         seeds = PROBE_SEEDS[protocol] if share < 1 else PROBE_SEEDS[protocol][:1]
         fits = [fit_probe(features, train.labels, units, scored, share=share, seed=seed) for seed in seeds]
-        figures = _aurocs(task.records, [fit.scores for fit in fits])
+        figures = auroc_figures(task.records, [fit.scores for fit in fits])
         metrics |= {f"{name}/{key}": figure for key, figure in figures.items()}
         settings["shares"][name] = {
             "seeds": list(seeds),
@@ -147,7 +137,7 @@ def evaluate_probe(
             "labels_with_one_value": [[train.index.labels[i] for i in fit.untrained] for fit in fits],
         }
         if share == 1:
-            curves = _roc_curves(task.records, fits[0].scores)
+            curves = roc_curves(task.records, fits[0].scores)
     return _write("probe", out, protocol, task, metrics, settings, curves)
 
 
@@ -207,39 +197,6 @@ def _require_labels(records: SplitRecords) -> None:
             f"shards = '{records.index.root}': no labels in split {records.split!r}; build them from a source with labels "
             "(the table source takes label columns), or evaluate retrieval, which needs none"
         )
-
-
-def _aurocs(records: SplitRecords, draws: list[np.ndarray]) -> Figures:
-    """AUROC per label and macro of scores [n, L], the mean over draws; a label with one value is not defined."""
-    statistics = [macro_auroc_statistic(records.labels, scores) for scores in draws]
-
-    def each_draw(weights: np.ndarray) -> np.ndarray:
-        return np.stack([statistic(weights) for statistic in statistics])
-
-    values = each_draw(np.ones(len(records.keys)))
-    low, high = bootstrap_by_patient(lambda weights: each_draw(weights).mean(axis=0), records.patients)
-    means, spread = values.mean(axis=0), values.std(axis=0, ddof=1 if len(draws) > 1 else 0)
-    more = [
-        {"std": round(float(s), 6), "draws": len(draws)} if len(draws) > 1 and np.isfinite(s) else {} for s in spread
-    ]
-    undefined = [name for name, value in zip(records.index.labels, means, strict=False) if np.isnan(value)]
-    counts = {"labels": len(means) - 1 - len(undefined), "not_defined": undefined}
-    figures = {"auroc_macro": figure(means[-1], low[-1], high[-1], n=len(records.keys), **counts, **more[-1])}
-    for i, name in enumerate(records.index.labels):
-        column = records.labels[:, i]
-        size = {"n": int(((column == 0) | (column == 1)).sum()), "positives": int((column == 1).sum())}
-        figures[f"auroc/{name}"] = figure(means[i], low[i], high[i], **size, **more[i])
-    return figures
-
-
-def _roc_curves(records: SplitRecords, scores: np.ndarray) -> dict[str, Any]:
-    curves = {}
-    for i, name in enumerate(records.index.labels):
-        column = records.labels[:, i]
-        if (column == 0).any() and (column == 1).any():
-            false_positives, true_positives = roc_curve(column, scores[:, i])
-            curves[f"roc/{name}"] = {"false_positive_rate": false_positives, "true_positive_rate": true_positives}
-    return curves
 
 
 def _write(

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"batch", "config", "distributed", "flight", "run_file"},
     "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
-    "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics"},
+    "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "launch", "cli"}

@@ -50,6 +50,10 @@ class SplitRecords:
         columns = [self.index.labels.index(name) for name in names]
         return replace(self, index=replace(self.index, labels=tuple(names)), labels=self.labels[:, columns])
 
+    def with_values(self, labels: np.ndarray) -> "SplitRecords":
+        """The same samples with other values [n, L] of the same labels."""
+        return replace(self, labels=labels)
+
     def describe(self) -> dict:
         """What a result file says about the data: enough to tell whether two results are of the same samples."""
         keys = "\n".join(sorted(self.keys)).encode()
