@@ -287,12 +287,24 @@ def shards_order(
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+    model: ModelFolder,
+    shards: ShardsFolder,
+    out: OutFolder,
+    split: Split = "val",
+    protocol: Protocol = "strict",
+    per_class: Annotated[
+        int, typer.Option(help="Only so many studies of each of --classes, having no other of them.", min=0)
+    ] = 0,
+    classes: Annotated[str, typer.Option(help="Labels, as in --classes Atelectasis,Edema (CheXpert 5x200).")] = "",
 ) -> None:
     """Image to report and report to image, at both levels: R@k by pair, P@k by label, with 95 % intervals by patient."""
     from imitate_ds import evaluate
 
-    _show(evaluate.evaluate_retrieval(model, shards, out, split=split, protocol=protocol), out)
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    result = evaluate.evaluate_retrieval(
+        model, shards, out, split=split, protocol=protocol, classes=names, per_class=per_class
+    )
+    _show(result, out)
 
 
 @evaluate_app.command("zero-shot")

@@ -6,6 +6,7 @@ over patients.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,7 +27,7 @@ from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompt_file import load_prompts
 from imitate_ds.evaluation.report import open_out, write_result
-from imitate_ds.evaluation.retrieval import Pairs, score_pairs
+from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
 from imitate_ds.evaluation.zero_shot import score_zero_shot
 from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, Section, load_model
 from imitate_ds.metrics import DRAWS, SEED, Figures, Ties
@@ -48,22 +49,35 @@ class Task(NamedTuple):
 
 
 def evaluate_retrieval(
-    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    classes: Sequence[str] = (),
+    per_class: int = 0,
 ) -> dict[str, Any]:
     """Image to report and back: R@k by pair and P@k by label, at the levels impression, findings and report.
 
     R@k: `strict` takes each distinct text once, and ties count against the query; `reference` takes all texts, counts
     the exact pair only, and breaks ties by index order. P@k: duplicate texts stay separate candidates in both. Beside
     each figure stand `chance`, a random order, and `blind`, the best answer that is the same for every query.
+
+    classes, per_class: only so many studies of each of these labels, that have this one and no other, as in CheXpert
+    5x200; chosen at each level from the studies that have its text. P@k is then by these classes alone.
     """
-    task = _open(model, shards, out, split, protocol)
+    if bool(classes) != (per_class > 0):
+        raise ValueError("--classes and --per-class go together, as in --per-class 200 --classes Atelectasis,Edema")
+    pretrained, records = _open_split(model, shards, out, split, protocol)
+    task = _seen(pretrained, records.with_labels(classes) if classes else records)
     ties: Ties = "index" if protocol == "reference" else "against"
     texts = embed_reports(task.model, task.records)
     metrics: Figures = {}
     curves: dict[str, Any] = {}
     left_out: list[str] = []
     for level in LEVELS:
-        pairs = _level(level, task, texts)
+        pairs = _level(level, task, texts, per_class)
         if len(np.unique(pairs.groups)) < 2:
             left_out.append(level)
             continue
@@ -74,7 +88,7 @@ def evaluate_retrieval(
         curves |= {f"{level}/{name}": curve for name, curve in recalls.items()}
     if not metrics:
         raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
-    settings = {"levels_left_out": left_out, "ties": TIES[ties]}
+    settings = {"levels_left_out": left_out, "ties": TIES[ties], "classes": list(classes), "per_class": per_class}
     return _write("retrieval", out, protocol, task, metrics, settings, curves)
 
 
@@ -142,6 +156,16 @@ def evaluate_probe(
 
 
 def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Task:
+    return _seen(*_open_split(model, shards, out, split, protocol))
+
+
+def _seen(model: PretrainedImitate, records: SplitRecords) -> Task:
+    return Task(model, records, embed_radiographs(model, records, workers=_workers()))
+
+
+def _open_split(
+    model: Path, shards: Path, out: Path, split: str, protocol: str
+) -> tuple[PretrainedImitate, SplitRecords]:
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol = {protocol!r}: must be 'strict' or 'reference'")
     open_out(Path(out))
@@ -149,8 +173,7 @@ def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Ta
     index = load_index(Path(shards))
     if protocol == "strict":
         _refuse_training_split(pretrained, index, split)
-    records = read_split(index, split)
-    return Task(pretrained, records, embed_radiographs(pretrained, records, workers=_workers()))
+    return pretrained, read_split(index, split)
 
 
 def _refuse_training_split(model: PretrainedImitate, index: ShardIndex, split: str) -> None:
@@ -166,8 +189,8 @@ def _workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _level(level: str, task: Task, texts: TextEmbeddings) -> Pairs:
-    """The rows whose inner product is the similarity of a level, for the studies that have its sections.
+def _level(level: str, task: Task, texts: TextEmbeddings, per_class: int) -> Pairs:
+    """The rows whose inner product is the similarity of a level, for the studies that have its sections, or some of them.
 
     `report` adds the cosines of both levels: the inner product of rows laid end to end. A model without findings branch
     has only its impression branch to answer with; one aligned with whole reports answers for them with that.
@@ -185,9 +208,13 @@ def _level(level: str, task: Task, texts: TextEmbeddings) -> Pairs:
             rows = torch.cat([images.impression, fine], 1), torch.cat([texts.impression, texts.findings], 1)
     words = [text for text, kept in zip(records.texts(level), keep, strict=True) if kept]  # type: ignore[arg-type]
     chosen = torch.from_numpy(keep)
-    return Pairs(
+    pairs = Pairs(
         rows[0][chosen], rows[1][chosen], duplicate_groups(words), records.patients[keep], records.labels[keep]
     )
+    if not per_class or not words:
+        return pairs
+    classes, keys = records.index.labels, [key for key, kept in zip(records.keys, keep, strict=True) if kept]
+    return pairs._replace(classes=classes).take(balanced_places(keys, pairs.labels, classes, per_class))
 
 
 def _require_labels(records: SplitRecords) -> None:

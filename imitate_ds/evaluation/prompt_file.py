@@ -105,7 +105,9 @@ def parse_prompts(values: Any, *, name: str, where: str, sha256: str) -> PromptF
 
 def _sections(place: str, entry: Mapping[str, Any], kind: str) -> dict[Section, Wording]:
     read = _sides if kind == "labels" else _class_texts
-    sections = {branch: read(f"{place}.{branch}", entry[branch]) for branch in BRANCHES if branch in entry}
+    sections: dict[Section, Wording] = {
+        branch: read(f"{place}.{branch}", entry[branch]) for branch in BRANCHES if branch in entry
+    }
     if not sections:
         raise ValueError(f"{place}: must have wording for the impression branch, the findings branch, or both")
     return sections
