@@ -28,6 +28,9 @@ Split = Annotated[str, typer.Option("--split", help="The split that is scored.")
 Protocol = Annotated[
     Literal["strict", "reference"], typer.Option("--protocol", help="strict, or reference (as papers did).")
 ]
+Branch = Annotated[
+    Literal["impression", "findings"], typer.Option("--branch", help="impression: a diagnosis; findings: what is seen.")
+]
 
 
 @app.command()
@@ -284,22 +287,49 @@ def shards_order(
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+    model: ModelFolder,
+    shards: ShardsFolder,
+    out: OutFolder,
+    split: Split = "val",
+    protocol: Protocol = "strict",
+    per_class: Annotated[
+        int, typer.Option(help="Only so many studies of each of --classes, having no other of them.", min=0)
+    ] = 0,
+    classes: Annotated[str, typer.Option(help="Labels, as in --classes Atelectasis,Edema (CheXpert 5x200).")] = "",
 ) -> None:
     """Image to report and report to image, at both levels: R@k by pair, P@k by label, with 95 % intervals by patient."""
     from imitate_ds import evaluate
 
-    _show(evaluate.evaluate_retrieval(model, shards, out, split=split, protocol=protocol), out)
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    result = evaluate.evaluate_retrieval(
+        model, shards, out, split=split, protocol=protocol, classes=names, per_class=per_class
+    )
+    _show(result, out)
 
 
 @evaluate_app.command("zero-shot")
 def evaluate_zero_shot(
-    model: ModelFolder, shards: ShardsFolder, out: OutFolder, split: Split = "val", protocol: Protocol = "strict"
+    model: ModelFolder,
+    shards: ShardsFolder,
+    out: OutFolder,
+    split: Split = "val",
+    protocol: Protocol = "strict",
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. Unless given, all labels "
+            "that ship."
+        ),
+    ] = "",
+    branch: Branch = "impression",
 ) -> None:
-    """AUROC of prompted classification, per label and macro, with 95 % intervals by patient."""
+    """AUROC, average precision, F1 and accuracy of prompted classification, with 95 % intervals by patient."""
     from imitate_ds import evaluate
 
-    _show(evaluate.evaluate_zero_shot(model, shards, out, split=split, protocol=protocol), out)
+    result = evaluate.evaluate_zero_shot(
+        model, shards, out, split=split, protocol=protocol, prompts=prompts, branch=branch
+    )
+    _show(result, out)
 
 
 @evaluate_app.command("probe")

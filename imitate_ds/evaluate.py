@@ -6,6 +6,7 @@ over patients.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,22 +23,15 @@ from imitate_ds.evaluation.embedded import (
     embed_reports,
     read_split,
 )
+from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
-from imitate_ds.evaluation.prompts import prompts_for
+from imitate_ds.evaluation.prompt_file import load_prompts
 from imitate_ds.evaluation.report import open_out, write_result
-from imitate_ds.evaluation.retrieval import Pairs, score_pairs
+from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
+from imitate_ds.evaluation.zero_shot import score_zero_shot
 from imitate_ds.export_folder import WEIGHTS
-from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, load_model
-from imitate_ds.metrics import (
-    DRAWS,
-    SEED,
-    Figures,
-    Ties,
-    bootstrap_by_patient,
-    figure,
-    macro_auroc_statistic,
-    roc_curve,
-)
+from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, Section, load_model
+from imitate_ds.metrics import DRAWS, SEED, Figures, Ties
 
 Protocol = Literal["strict", "reference"]
 
@@ -56,22 +50,35 @@ class Task(NamedTuple):
 
 
 def evaluate_retrieval(
-    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    classes: Sequence[str] = (),
+    per_class: int = 0,
 ) -> dict[str, Any]:
     """Image to report and back: R@k by pair and P@k by label, at the levels impression, findings and report.
 
     R@k: `strict` takes each distinct text once, and ties count against the query; `reference` takes all texts, counts
     the exact pair only, and breaks ties by index order. P@k: duplicate texts stay separate candidates in both. Beside
     each figure stand `chance`, a random order, and `blind`, the best answer that is the same for every query.
+
+    classes, per_class: only so many studies of each of these labels, that have this one and no other, as in CheXpert
+    5x200; chosen at each level from the studies that have its text. P@k is then by these classes alone.
     """
-    task = _open(model, shards, out, split, protocol)
+    if bool(classes) != (per_class > 0):
+        raise ValueError("--classes and --per-class go together, as in --per-class 200 --classes Atelectasis,Edema")
+    pretrained, records = _open_split(model, shards, out, split, protocol)
+    task = _seen(pretrained, records.with_labels(classes) if classes else records)
     ties: Ties = "index" if protocol == "reference" else "against"
     texts = embed_reports(task.model, task.records)
     metrics: Figures = {}
     curves: dict[str, Any] = {}
     left_out: list[str] = []
     for level in LEVELS:
-        pairs = _level(level, task, texts)
+        pairs = _level(level, task, texts, per_class)
         if len(np.unique(pairs.groups)) < 2:
             left_out.append(level)
             continue
@@ -82,34 +89,31 @@ def evaluate_retrieval(
         curves |= {f"{level}/{name}": curve for name, curve in recalls.items()}
     if not metrics:
         raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
-    settings = {"levels_left_out": left_out, "ties": TIES[ties]}
+    settings = {"levels_left_out": left_out, "ties": TIES[ties], "classes": list(classes), "per_class": per_class}
     return _write("retrieval", out, protocol, task, metrics, settings, curves)
 
 
 def evaluate_zero_shot(
-    model: Path, shards: Path, out: Path, split: str = "val", protocol: Protocol = "strict"
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    prompts: str = "",
+    branch: Section = "impression",
 ) -> dict[str, Any]:
-    """Prompted classification on the impression branch: AUROC per label and macro.
+    """Prompted classification: AUROC, average precision, F1 and accuracy per label and macro; of classes, accuracy too.
 
-    An image's score depends on no other image: nothing is standardised over the batch. AUROC of one label does not
-    notice such a scaling, nor does it need a threshold, so both protocols give the same figures here.
+    prompts: a file of them, or the name of one that ships; all labels that ship unless given. An image's score depends
+    on no other image, nothing is standardised over the batch, and no threshold is chosen on what is scored, so both
+    protocols give the same figures here.
     """
+    file = load_prompts(prompts) if prompts else None
     task = _open(model, shards, out, split, protocol)
     _require_labels(task.records)
-    labels = task.records.index.labels
-    prompts = prompts_for(labels)
-    task = task._replace(records=task.records.with_labels(list(prompts)))
-    _require_labels(task.records)
-    margins = task.model.zero_shot_scores(task.images.impression, prompts)
-    scores = torch.stack(list(margins.values()), dim=1).numpy()
-    metrics = _aurocs(task.records, [scores])
-    settings = {
-        "prompts": prompts,
-        "labels_without_prompt": [name for name in labels if name not in prompts],
-        "score": "P(affirming) - P(denying)",
-        "temperature": task.model.settings["temperature"],
-    }
-    return _write("zero-shot", out, protocol, task, metrics, settings, _roc_curves(task.records, scores))
+    scored = score_zero_shot(task.model, task.records, task.images, file, branch)
+    return _write("zero-shot", out, protocol, task, *scored)
 
 
 def evaluate_probe(
@@ -139,7 +143,7 @@ def evaluate_probe(
     for name, share in SHARES.items():
         seeds = PROBE_SEEDS[protocol] if share < 1 else PROBE_SEEDS[protocol][:1]
         fits = [fit_probe(features, train.labels, units, scored, share=share, seed=seed) for seed in seeds]
-        figures = _aurocs(task.records, [fit.scores for fit in fits])
+        figures = auroc_figures(task.records, [fit.scores for fit in fits])
         metrics |= {f"{name}/{key}": figure for key, figure in figures.items()}
         settings["shares"][name] = {
             "seeds": list(seeds),
@@ -148,11 +152,21 @@ def evaluate_probe(
             "labels_with_one_value": [[train.index.labels[i] for i in fit.untrained] for fit in fits],
         }
         if share == 1:
-            curves = _roc_curves(task.records, fits[0].scores)
+            curves = roc_curves(task.records, fits[0].scores)
     return _write("probe", out, protocol, task, metrics, settings, curves)
 
 
 def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Task:
+    return _seen(*_open_split(model, shards, out, split, protocol))
+
+
+def _seen(model: PretrainedImitate, records: SplitRecords) -> Task:
+    return Task(model, records, embed_radiographs(model, records, workers=_workers()))
+
+
+def _open_split(
+    model: Path, shards: Path, out: Path, split: str, protocol: str
+) -> tuple[PretrainedImitate, SplitRecords]:
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol = {protocol!r}: must be 'strict' or 'reference'")
     open_out(Path(out))
@@ -160,8 +174,7 @@ def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Ta
     index = load_index(Path(shards))
     if protocol == "strict":
         _refuse_training_split(pretrained, index, split)
-    records = read_split(index, split)
-    return Task(pretrained, records, embed_radiographs(pretrained, records, workers=_workers()))
+    return pretrained, read_split(index, split)
 
 
 def _refuse_training_split(model: PretrainedImitate, index: ShardIndex, split: str) -> None:
@@ -177,8 +190,8 @@ def _workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _level(level: str, task: Task, texts: TextEmbeddings) -> Pairs:
-    """The rows whose inner product is the similarity of a level, for the studies that have its sections.
+def _level(level: str, task: Task, texts: TextEmbeddings, per_class: int) -> Pairs:
+    """The rows whose inner product is the similarity of a level, for the studies that have its sections, or some of them.
 
     `report` adds the cosines of both levels: the inner product of rows laid end to end. A model without findings branch
     has only its impression branch to answer with; one aligned with whole reports answers for them with that.
@@ -196,9 +209,13 @@ def _level(level: str, task: Task, texts: TextEmbeddings) -> Pairs:
             rows = torch.cat([images.impression, fine], 1), torch.cat([texts.impression, texts.findings], 1)
     words = [text for text, kept in zip(records.texts(level), keep, strict=True) if kept]  # type: ignore[arg-type]
     chosen = torch.from_numpy(keep)
-    return Pairs(
+    pairs = Pairs(
         rows[0][chosen], rows[1][chosen], duplicate_groups(words), records.patients[keep], records.labels[keep]
     )
+    if not per_class or not words:
+        return pairs
+    classes, keys = records.index.labels, [key for key, kept in zip(records.keys, keep, strict=True) if kept]
+    return pairs._replace(classes=classes).take(balanced_places(keys, pairs.labels, classes, per_class))
 
 
 def _require_labels(records: SplitRecords) -> None:
@@ -208,39 +225,6 @@ def _require_labels(records: SplitRecords) -> None:
             f"shards = '{records.index.root}': no labels in split {records.split!r}; build them from a source with labels "
             "(the table source takes label columns), or evaluate retrieval, which needs none"
         )
-
-
-def _aurocs(records: SplitRecords, draws: list[np.ndarray]) -> Figures:
-    """AUROC per label and macro of scores [n, L], the mean over draws; a label with one value is not defined."""
-    statistics = [macro_auroc_statistic(records.labels, scores) for scores in draws]
-
-    def each_draw(weights: np.ndarray) -> np.ndarray:
-        return np.stack([statistic(weights) for statistic in statistics])
-
-    values = each_draw(np.ones(len(records.keys)))
-    low, high = bootstrap_by_patient(lambda weights: each_draw(weights).mean(axis=0), records.patients)
-    means, spread = values.mean(axis=0), values.std(axis=0, ddof=1 if len(draws) > 1 else 0)
-    more = [
-        {"std": round(float(s), 6), "draws": len(draws)} if len(draws) > 1 and np.isfinite(s) else {} for s in spread
-    ]
-    undefined = [name for name, value in zip(records.index.labels, means, strict=False) if np.isnan(value)]
-    counts = {"labels": len(means) - 1 - len(undefined), "not_defined": undefined}
-    figures = {"auroc_macro": figure(means[-1], low[-1], high[-1], n=len(records.keys), **counts, **more[-1])}
-    for i, name in enumerate(records.index.labels):
-        column = records.labels[:, i]
-        size = {"n": int(((column == 0) | (column == 1)).sum()), "positives": int((column == 1).sum())}
-        figures[f"auroc/{name}"] = figure(means[i], low[i], high[i], **size, **more[i])
-    return figures
-
-
-def _roc_curves(records: SplitRecords, scores: np.ndarray) -> dict[str, Any]:
-    curves = {}
-    for i, name in enumerate(records.index.labels):
-        column = records.labels[:, i]
-        if (column == 0).any() and (column == 1).any():
-            false_positives, true_positives = roc_curve(column, scores[:, i])
-            curves[f"roc/{name}"] = {"false_positive_rate": false_positives, "true_positive_rate": true_positives}
-    return curves
 
 
 def _write(

@@ -4,7 +4,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -157,27 +157,38 @@ class PretrainedImitate:
         rows = [self.model.encode_text(part.to(self.device).float()) for part in embeddings.split(4096)]
         return normalize(torch.cat(rows).float()).cpu()
 
+    def encode_ensemble(self, texts: Sequence[str]) -> Tensor:
+        """One unit row float64 [D] for texts that say the same: the mean of their unit rows, normalised again."""
+        return normalize(self.encode_text(texts).double().mean(0), dim=0)
+
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosine similarities [n, m] of image rows [n, D] and text rows [m, D]."""
         return images @ texts.T
 
-    def zero_shot(self, images: Sequence[str | Path] | Tensor, prompts: Prompts) -> dict[str, Tensor]:
+    def zero_shot(
+        self, images: Sequence[str | Path] | Tensor, prompts: Prompts, branch: Section = "impression"
+    ) -> dict[str, Tensor]:
         """For each label the margin P(affirming) - P(denying) per image, in (-1, 1); 0 is undecided.
 
         `prompts` maps a label to (texts that affirm it, texts that deny it); see imitate_ds.evaluation.prompts for ready ones.
+        Ask the impression branch for a diagnosis, the findings branch for what is seen.
         """
-        return self.zero_shot_scores(self.encode_image(images), prompts)
+        if branch not in get_args(Section):
+            raise ValueError(f"branch = {branch!r}: must be 'impression' or 'findings'")
+        return self.zero_shot_scores(self.encode_image(images, branch), prompts)
 
     def zero_shot_scores(self, images: Tensor, prompts: Prompts) -> dict[str, Tensor]:
-        """Like zero_shot, from rows [n, D] of the impression branch. No image's score depends on the others."""
-        return {label: self._margin(images, *sides) for label, sides in prompts.items()}
+        """Like zero_shot, from rows [n, D] of either branch. No image's score depends on the others."""
+        shares = {label: self.class_shares(images, sides) for label, sides in prompts.items()}
+        return {label: share[:, 0] - share[:, 1] for label, share in shares.items()}
 
-    def _margin(self, images: Tensor, affirm: Sequence[str], deny: Sequence[str]) -> Tensor:
-        # an ensemble is the mean of its unit rows, normalised again; float64 so that sure images do not tie at 1
-        sides = [normalize(self.encode_text(texts).double().mean(0), dim=0) for texts in (affirm, deny)]
-        logits = images.double() @ torch.stack(sides, dim=1) / self.settings["temperature"]
-        shares = logits.softmax(dim=1)
-        return shares[:, 0] - shares[:, 1]
+    def class_shares(self, images: Tensor, classes: Sequence[Sequence[str]]) -> Tensor:
+        """Of rows [n, D], the share of each of K classes that exclude each other: float64 [n, K], summing to 1.
+
+        classes: the texts of each. float64 so that sure images do not tie at 1.
+        """
+        rows = torch.stack([self.encode_ensemble(texts) for texts in classes], dim=1)
+        return (images.double() @ rows / self.settings["temperature"]).softmax(dim=1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the same folder again, with the weights as they are now."""

@@ -1,4 +1,4 @@
-"""Figures of merit, and how sure one may be of them: retrieval ranks, AUROC, bootstrap over patients.
+"""Figures of merit, and how sure one may be of them: retrieval ranks, AUROC, average precision, F1, bootstrap over patients.
 
 Every statistic takes one weight per sample, so a bootstrap draw is a vector of how often each patient was drawn, and
 nothing is sorted or ranked again.
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Statistic = Callable[[np.ndarray], "np.ndarray | float"]  # weights [n] -> one figure, or several at once
+LabelStatistic = Callable[
+    [np.ndarray, np.ndarray], Callable[[np.ndarray], float]
+]  # labels [n], values [n] -> statistic
 Ties = Literal["against", "index"]
 Figures = dict[str, dict[str, Any]]  # metric -> {value, low, high, n, ...}
 
@@ -88,18 +91,10 @@ def auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndar
     labels [n]: 1, 0, or anything else (left out). A tie of a positive and a negative counts one half. Scores are sorted
     here, once.
     """
-    known = np.flatnonzero((labels == 0) | (labels == 1))
-    order = known[np.argsort(scores[known], kind="stable")]
-    positive = labels[order] == 1
-    ranked = scores[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=int)
+    counts = _counts_by_score(labels, scores)
 
     def statistic(weights: np.ndarray) -> float:
-        if not len(order):
-            return float("nan")
-        here = weights[order].astype(np.float64)
-        positives = np.add.reduceat(here * positive, starts)
-        negatives = np.add.reduceat(here * ~positive, starts)
+        positives, negatives = counts(weights)
         below = np.cumsum(negatives) - negatives
         pairs = positives.sum() * negatives.sum()
         return float(positives @ (below + negatives / 2) / pairs) if pairs else float("nan")
@@ -112,15 +107,67 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return auroc_statistic(labels, scores)(np.ones(len(labels)))
 
 
-def macro_auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """AUROC of each of L columns, and last their mean: weights [n] -> [L + 1]. Columns not defined are left out of it."""
-    columns = [auroc_statistic(labels[:, i], scores[:, i]) for i in range(labels.shape[1])]
+def average_precision_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The weighted mean of the precision at every positive, those of equal score at once; labels and NaN as for AUROC.
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        values = np.array([column(weights) for column in columns])
-        return np.append(values, nan_mean(values))
+    What scikit-learn calls average_precision_score: the steps of the curve, not interpolated.
+    """
+    counts = _counts_by_score(labels, scores)
+
+    def statistic(weights: np.ndarray) -> float:
+        positives, negatives = (side[::-1] for side in counts(weights))  # the highest score first
+        if not positives.any() or not negatives.any():
+            return float("nan")
+        found = np.cumsum(positives)
+        precision = _divide(found, found + np.cumsum(negatives))
+        return float(positives @ np.nan_to_num(precision) / found[-1])
 
     return statistic
+
+
+def f1_statistic(labels: np.ndarray, predicted: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The weighted F1 of predictions bool [n]; labels and NaN as for AUROC."""
+    known, positive = (labels == 0) | (labels == 1), labels == 1
+    predicted = predicted & known
+
+    def statistic(weights: np.ndarray) -> float:
+        positives, negatives = weights @ positive, weights @ (known & ~positive)
+        if not (positives and negatives):
+            return float("nan")
+        return float(2 * (weights @ (predicted & positive)) / (positives + weights @ predicted))
+
+    return statistic
+
+
+def accuracy_statistic(labels: np.ndarray, predicted: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The weighted share of predictions bool [n] that are right; labels and NaN as for AUROC."""
+    known, positive = (labels == 0) | (labels == 1), labels == 1
+    right = known & (predicted == positive)
+
+    def statistic(weights: np.ndarray) -> float:
+        positives, negatives = weights @ positive, weights @ (known & ~positive)
+        return float(weights @ right / (positives + negatives)) if positives and negatives else float("nan")
+
+    return statistic
+
+
+def macro_statistic(kind: LabelStatistic, labels: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """One figure for each of L columns, and last their mean: weights [n] -> [L + 1]. Columns not defined are left out of it.
+
+    values [n, L] are scores or predictions, as `kind` takes them.
+    """
+    columns = [kind(labels[:, i], values[:, i]) for i in range(labels.shape[1])]
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        figures = np.array([column(weights) for column in columns])
+        return np.append(figures, nan_mean(figures))
+
+    return statistic
+
+
+def macro_auroc_statistic(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """AUROC of each of L columns, and last their mean: weights [n] -> [L + 1]. Columns not defined are left out of it."""
+    return macro_statistic(auroc_statistic, labels, scores)
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray, points: int = 101) -> tuple[list[float], list[float]]:
@@ -171,6 +218,23 @@ def _without_ties(similarity: Tensor) -> Tensor:
     count = similarity.shape[1]
     steps = (similarity.double() / TIE).round()
     return steps - torch.arange(count, dtype=torch.float64, device=similarity.device) / (2 * count)
+
+
+def _counts_by_score(labels: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Weights [n] -> weight of positives and of negatives at each distinct score, ascending: float64 [T] each."""
+    known = np.flatnonzero((labels == 0) | (labels == 1))
+    order = known[np.argsort(scores[known], kind="stable")]
+    positive = labels[order] == 1
+    ranked = scores[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, dtype=int)
+
+    def counts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not len(order):
+            return np.zeros(0), np.zeros(0)
+        here = weights[order].astype(np.float64)
+        return np.add.reduceat(here * positive, starts), np.add.reduceat(here * ~positive, starts)
+
+    return counts
 
 
 def _patients(patients: Sequence[str] | np.ndarray) -> tuple[int, np.ndarray]:

@@ -103,6 +103,22 @@ def test_reference_retrieval_takes_every_report(phantom_shards, export, tmp_path
     assert metrics["impression/image_to_text_chance_R@1"]["value"] == pytest.approx(1 / n, abs=1e-5)
 
 
+def test_retrieval_from_as_many_studies_of_each_class(phantom_shards, export, tmp_path):
+    given = {"classes": ["effusion", "pneumothorax"], "per_class": 2}
+    result = evaluate_retrieval(export, phantom_shards, tmp_path, protocol="reference", **given)
+    metrics = result["metrics"]
+    assert {metrics[f"{level}/image_to_text_R@1"]["n"] for level in ("impression", "findings", "report")} == {4}
+    assert metrics["impression/image_to_text_chance_P@1"]["value"] == 0.5
+    assert set(metrics["impression/image_to_text_P@1"]["by_class"]) == set(given["classes"])
+    assert result["settings"]["per_class"] == 2
+    with pytest.raises(ValueError, match=r"--per-class 1000: too few studies .* effusion [0-9]+, pneumothorax [0-9]+;"):
+        evaluate_retrieval(export, phantom_shards, tmp_path, classes=given["classes"], per_class=1000)
+    with pytest.raises(ValueError, match=r"has no label 'Efusion' \(did you mean effusion\?\)"):
+        evaluate_retrieval(export, phantom_shards, tmp_path, classes=["Efusion"], per_class=2)
+    with pytest.raises(ValueError, match="--classes and --per-class go together"):
+        evaluate_retrieval(export, phantom_shards, tmp_path, per_class=2)
+
+
 def test_a_model_without_findings_branch_answers_with_the_one_it_has(phantom_shards, tmp_path):
     folder = _export(phantom_shards, tmp_path / "export", findings=False)
     metrics = evaluate_retrieval(folder, phantom_shards, tmp_path / "out")["metrics"]

@@ -189,6 +189,18 @@ def test_zero_shot_of_one_image_does_not_depend_on_the_others(export, files):
     assert together.abs().max() < 1
 
 
+def test_zero_shot_asks_the_branch_it_is_told(export, files):
+    model = load_model(export[0])
+    for branch in ("impression", "findings"):
+        wanted = model.zero_shot_scores(model.encode_image(files, branch), PROMPTS)["effusion"]
+        assert torch.equal(model.zero_shot(files, PROMPTS, branch)["effusion"], wanted)
+    assert torch.equal(
+        model.zero_shot(files, PROMPTS)["effusion"], model.zero_shot(files, PROMPTS, "impression")["effusion"]
+    )
+    with pytest.raises(ValueError, match="branch = 'pooled': must be 'impression' or 'findings'"):
+        model.zero_shot(files, PROMPTS, branch="pooled")
+
+
 def test_saving_a_loaded_model_gives_the_same_files(export, tmp_path):
     folder, _ = export
     load_model(folder).save_pretrained(tmp_path / "again")

@@ -5,16 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
 from imitate_ds.metrics import (
+    accuracy_statistic,
     auroc,
     auroc_statistic,
+    average_precision_statistic,
     blind_recall_at_k,
     bootstrap_by_patient,
     chance_recall_at_k,
+    f1_statistic,
     figure,
     macro_auroc_statistic,
+    macro_statistic,
     mean_statistic,
     positive_ranks,
     precision_at_k,
@@ -109,6 +113,39 @@ def test_auroc_equals_scikit_learn_with_ties_and_weights():
 @pytest.mark.parametrize("labels", [[1, 1, 1], [0, 0, -1], [-1, -1, -1]])
 def test_auroc_of_one_class_is_not_defined(labels):
     assert math.isnan(auroc(np.array(labels), np.array([0.1, 0.2, 0.3])))
+
+
+@pytest.mark.parametrize("decimals", [1, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_equals_scikit_learn_with_ties_and_weights(seed, decimals):
+    rng = np.random.default_rng(seed)
+    labels, scores = rng.integers(-1, 2, 300), rng.normal(size=300).round(decimals)
+    known = labels >= 0
+    for weights in (np.ones(300), rng.integers(0, 4, 300), rng.random(300)):
+        wanted = average_precision_score(labels[known], scores[known], sample_weight=weights[known])
+        assert average_precision_statistic(labels, scores)(weights) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_average_precision_of_constant_scores_is_the_prevalence():
+    assert average_precision_statistic(np.array([1, 0, 0, 0]), np.zeros(4))(np.ones(4)) == 0.25
+
+
+def test_f1_and_accuracy_equal_scikit_learn_with_weights():
+    rng = np.random.default_rng(0)
+    labels, predicted, weights = rng.integers(-1, 2, 200), rng.random(200) > 0.4, rng.integers(0, 4, 200)
+    known = labels >= 0
+    given = {"y_true": labels[known], "y_pred": predicted[known], "sample_weight": weights[known]}
+    assert f1_statistic(labels, predicted)(weights) == pytest.approx(f1_score(**given), abs=1e-12)
+    assert accuracy_statistic(labels, predicted)(weights) == pytest.approx(accuracy_score(**given), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", [auroc_statistic, average_precision_statistic, f1_statistic, accuracy_statistic])
+@pytest.mark.parametrize("labels", [[1, 1, 1], [0, 0, -1], [-1, -1, -1]])
+def test_a_label_with_one_value_is_not_defined_by_any_measure(kind, labels):
+    values = np.array([True, False, True])
+    assert math.isnan(kind(np.array(labels), values)(np.ones(3)))
+    assert math.isnan(kind(np.array([1, 0, -1]), values)(np.array([1, 0, 5]))), "one value has all the weight"
+    assert math.isnan(macro_statistic(kind, np.array(labels)[:, None], values[:, None])(np.ones(3))[-1])
 
 
 def test_macro_auroc_leaves_out_what_is_not_defined():

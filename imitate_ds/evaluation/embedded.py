@@ -3,6 +3,7 @@
 Texts are read to tell which ones are duplicates, and go no further than this module: outside they are group numbers.
 """
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,9 +47,20 @@ class SplitRecords:
         return np.array([bool(text) for text in self.texts(name)], dtype=bool)
 
     def with_labels(self, names: Sequence[str]) -> "SplitRecords":
-        """The same samples with some of the labels only."""
+        """The same samples with some of the labels only. Raises ValueError naming the nearest where there is no such label."""
+        for name in names:
+            if name not in self.index.labels:
+                near = difflib.get_close_matches(name, self.index.labels, n=1, cutoff=0.4)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(
+                    f"{self.index.root}: has no label {name!r}{hint}; it has: {', '.join(self.index.labels) or 'none'}"
+                )
         columns = [self.index.labels.index(name) for name in names]
         return replace(self, index=replace(self.index, labels=tuple(names)), labels=self.labels[:, columns])
+
+    def with_values(self, labels: np.ndarray) -> "SplitRecords":
+        """The same samples with other values [n, L] of the same labels."""
+        return replace(self, labels=labels)
 
     def describe(self) -> dict:
         """What a result file says about the data: enough to tell whether two results are of the same samples."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +19,10 @@ from imitate_ds.data.shard_index import write_atomic
 
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
 RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
+MEASURES = {"auroc": "AUROC", "ap": "AP", "ap50": "AP50", "f1": "F1", "accuracy": "accuracy", "dice": "Dice"}
+LABEL_METRIC = re.compile(
+    rf"(?:(?P<share>[^/]+%)/)?(?P<blind>blind_)?(?P<measure>{'|'.join(MEASURES)})(?:(?P<macro>_macro)|/(?P<label>.+))?"
+)
 MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
 
 PAGE = """<!doctype html>
@@ -103,7 +107,7 @@ def _task_section(result: dict[str, Any]) -> str:
         f"Protocol {result['protocol']}; in brackets 95 % intervals by patient."
     )
     retrieval = result["task"] == "retrieval"
-    table = _retrieval_table(result["metrics"]) if retrieval else _auroc_table(result["metrics"])
+    table = _retrieval_table(result["metrics"]) if retrieval else _label_table(result["metrics"])
     picture = _retrieval_picture(result) if retrieval else _auroc_picture(result)
     details = json.dumps({key: result.get(key) for key in ("model", "data", "settings")}, indent=1)
     return (
@@ -137,28 +141,44 @@ def _retrieval_cell(cell: dict[str, dict]) -> str:
     return (_with_interval(cell[""]) if "" in cell else "") + f"<br><small>{', '.join(levels)}</small>"
 
 
-def _auroc_table(metrics: dict[str, dict]) -> str:
-    """Rows are labels, the mean over labels first; columns are shares of the training labels, if there are several."""
+def _label_table(metrics: dict[str, dict]) -> str:
+    """Rows are labels, what is over all of them first; columns are measures, of a probe the shares of the training labels."""
     rows: dict[str, dict[str, dict]] = {}
     for name, value in metrics.items():
-        share, label = _share_and_label(name)
-        rows.setdefault(label, {})[share] = value
-    shares = list(dict.fromkeys(share for row in rows.values() for share in row))
+        if place := _place(name):
+            rows.setdefault(place.label, {})[place.column] = value
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = []
     for label, row in rows.items():
         first = next(iter(row.values()))
         size = first["n"] if "positives" not in first else f"{first['positives']} of {first['n']}"
         body.append(
-            [escape(label), str(size), *(_with_interval(row[share]) if share in row else "" for share in shares)]
+            [escape(label), str(size), *(_with_interval(row[column]) if column in row else "" for column in columns)]
         )
     undefined = max((len(value.get("not_defined", [])) for value in metrics.values()), default=0)
     note = f"<p><small>{undefined} labels have one value only in this split: not defined, left out of the mean.</small></p>"
-    return _table(["AUROC", "positive", *(share or "value" for share in shares)], body) + (note if undefined else "")
+    return _table(["label", "positive", *columns], body) + (note if undefined else "")
 
 
-def _share_and_label(name: str) -> tuple[str, str]:
-    share, label = name.split("auroc", maxsplit=1)
-    return share.rstrip("/"), "mean of labels" if label == "_macro" else label.removeprefix("/")
+class Place(NamedTuple):
+    """Where a figure by label stands on the page."""
+
+    share: str  # of the training labels, of a probe
+    measure: str
+    label: str
+
+    @property
+    def column(self) -> str:
+        return f"{MEASURES[self.measure]}, {self.share}" if self.share else MEASURES[self.measure]
+
+
+def _place(name: str) -> Place | None:
+    if not (match := LABEL_METRIC.fullmatch(name)):
+        return None
+    if match["blind"]:
+        return Place("", match["measure"], "best fixed answer")
+    over_all = "mean of labels" if match["macro"] else "all"
+    return Place(match["share"] or "", match["measure"], match["label"] or over_all)
 
 
 def _with_interval(value: dict) -> str:
@@ -197,7 +217,8 @@ def _retrieval_picture(result: dict[str, Any]) -> str:
 
 def _auroc_picture(result: dict[str, Any]) -> str:
     curves = {name: curve for name, curve in result.get("curves", {}).items() if name.startswith("roc/")}
-    bars = {_share_and_label(name): value for name, value in result["metrics"].items() if value["low"] is not None}
+    places = {_place(name): value for name, value in result["metrics"].items() if value["low"] is not None}
+    bars = {(it.share, it.label): value for it, value in places.items() if it and it.measure == "auroc"}
     last = list(bars)[-1][0] if bars else ""  # the largest share
 
     def draw_rocs(axes: Axes) -> None:

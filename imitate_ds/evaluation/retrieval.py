@@ -5,6 +5,7 @@ Recall is by pair, with texts of one group as one; precision is by class, every 
 Huang et al., 2021).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from imitate_ds.metrics import (
 )
 
 KS = (1, 5, 10)
+PRECISION_KS = (1, 5, 10, 100)
 CURVE_KS = (1, 2, 3, 5, 10, 20, 50, 100)
 CHUNK = 1024  # queries whose similarities are in memory at once
 
@@ -37,6 +39,13 @@ class Pairs(NamedTuple):
     groups: np.ndarray  # int64 [n], equal where the texts are duplicates
     patients: np.ndarray  # [n]
     labels: np.ndarray  # [n, L], 1 where a class is present
+    classes: tuple[str, ...] = ()  # names of the L labels, where figures are to name them
+
+    def take(self, places: np.ndarray) -> "Pairs":
+        """The samples at these places, in this order."""
+        rows = torch.from_numpy(places)
+        images, texts = self.images[rows], self.texts[rows]
+        return Pairs(images, texts, self.groups[places], self.patients[places], self.labels[places], self.classes)
 
 
 class Search(NamedTuple):
@@ -61,9 +70,29 @@ def score_pairs(pairs: Pairs, ties: Ties = "against") -> tuple[Figures, dict[str
         figures |= {f"{direction}_{name}": value for name, value in recalls.items()}
         curves[direction] = curve
         sides = (pairs.images, pairs.texts) if direction == "image_to_text" else (pairs.texts, pairs.images)
-        precisions = _precisions(*sides, pairs.labels, pairs.patients)
+        precisions = _precisions(*sides, pairs)
         figures |= {f"{direction}_{name}": value for name, value in precisions.items()}
     return figures, curves
+
+
+def balanced_places(keys: Sequence[str], labels: np.ndarray, classes: Sequence[str], per_class: int) -> np.ndarray:
+    """Places of per_class samples of each class that have this one of the classes [n, L] and no other, as in CheXpert 5x200.
+
+    The first in order of keys: they are hashes, so this is a draw, and the same one however the shards were written. A
+    label that is uncertain, or not given, is none. Raises ValueError where a class has too few, naming how many.
+    """
+    present = labels == 1
+    alone = present & (present.sum(axis=1, keepdims=True) == 1)
+    counts = dict(zip(classes, alone.sum(axis=0).tolist(), strict=True))
+    if short := {name: count for name, count in counts.items() if count < per_class}:
+        found = ", ".join(f"{name} {count}" for name, count in short.items())
+        raise ValueError(
+            f"--per-class {per_class}: too few studies have one of the classes and no other: {found}; lower it, or name other "
+            "--classes"
+        )
+    order = np.argsort(np.array(keys), kind="stable")
+    chosen = [order[alone[order, column]][:per_class] for column in range(len(classes))]
+    return np.sort(np.concatenate(chosen))
 
 
 def _searches(pairs: Pairs) -> dict[str, Search]:
@@ -107,21 +136,21 @@ def _ranks(search: Search, ties: Ties) -> Tensor:
     return torch.cat(parts)
 
 
-def _precisions(queries: Tensor, candidates: Tensor, labels: np.ndarray, patients: np.ndarray) -> Figures:
+def _precisions(queries: Tensor, candidates: Tensor, pairs: Pairs) -> Figures:
     """P@k: of the k samples found, the share with a class that the query has; mean over its queries, then over classes.
 
     Every sample is a query and a candidate: duplicate texts stay separate, under either protocol. Chance is the mean
     share of samples that have a class; a blind answer, the same for every query, does best with the samples that have
     the most classes.
     """
-    present = torch.from_numpy(labels == 1)
+    present, n = torch.from_numpy(pairs.labels == 1), len(pairs.labels)
     if not present.any():
         return {}
     prevalence = present.double().mean(dim=0).numpy()
     chance, classes = float(prevalence[prevalence > 0].mean()), int((prevalence > 0).sum())
     most_classes = np.sort(present.sum(dim=1).numpy())[::-1] / classes
     figures: Figures = {}
-    for k in (k for k in KS if k <= len(candidates)):
+    for k in (k for k in PRECISION_KS if k <= len(candidates)):
         shares = torch.cat(
             [
                 precision_at_k(rows.double() @ candidates.double().T, asked, present, k=k)
@@ -129,9 +158,10 @@ def _precisions(queries: Tensor, candidates: Tensor, labels: np.ndarray, patient
             ]
         )
         by_class = mean_statistic(shares.numpy())
-        low, high = bootstrap_by_patient(lambda weights, by_class=by_class: nan_mean(by_class(weights)), patients)
-        value = nan_mean(by_class(np.ones(len(labels))))
-        figures[f"P@{k}"] = figure(value, float(low), float(high), n=len(labels), classes=classes)
-        figures[f"chance_P@{k}"] = figure(chance, n=len(labels), classes=classes)
-        figures[f"blind_P@{k}"] = figure(float(most_classes[:k].mean()), n=len(labels), classes=classes)
+        low, high = bootstrap_by_patient(lambda weights, by_class=by_class: nan_mean(by_class(weights)), pairs.patients)
+        values = by_class(np.ones(n))
+        named = {"by_class": dict(zip(pairs.classes, values.round(6).tolist(), strict=True))} if pairs.classes else {}
+        figures[f"P@{k}"] = figure(nan_mean(values), float(low), float(high), n=n, classes=classes, **named)
+        figures[f"chance_P@{k}"] = figure(chance, n=n, classes=classes)
+        figures[f"blind_P@{k}"] = figure(float(most_classes[:k].mean()), n=n, classes=classes)
     return figures

@@ -40,6 +40,17 @@ def _result(task, metrics, curves, synthetic):
     return {**given, "metrics": metrics, "curves": curves}
 
 
+def _zero_shot():
+    metrics = {
+        "auroc_macro": figure(0.7, 0.6, 0.8, n=40, labels=1, not_defined=[]),
+        "auroc/effusion": figure(0.7, 0.6, 0.8, n=40, positives=9),
+        "accuracy": figure(0.65, 0.5, 0.8, n=40),
+        "blind_accuracy": figure(0.525, n=40),
+        "ap/effusion": figure(0.41, 0.3, 0.5, n=40, positives=9),
+    }
+    return _result("zero-shot", metrics, {}, False)
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -91,6 +102,16 @@ def test_the_page_shows_figures_intervals_chance_and_what_is_not_defined(tmp_pat
     assert "not defined" in text
     assert "1 labels have one value only" in text
     assert "a&lt;b" in _text(tmp_path)
+
+
+def test_measures_of_one_label_stand_in_one_row(tmp_path):
+    write_result(tmp_path, _zero_shot())
+    rows = re.findall(r"<tr>(.*?)</tr>", _text(tmp_path))
+    cells = [[re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    assert cells[0] == ["label", "positive", "AUROC", "AP", "accuracy"]
+    assert ["effusion", "9 of 40", "0.700 [0.600, 0.800]", "0.410 [0.300, 0.500]", ""] in cells
+    assert ["all", "40", "", "", "0.650 [0.500, 0.800]"] in cells
+    assert ["best fixed answer", "40", "", "", "0.525"] in cells
 
 
 def test_synthetic_data_are_flagged(tmp_path):

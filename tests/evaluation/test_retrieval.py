@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from imitate_ds.evaluation.retrieval import Pairs, score_pairs
+from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
 
 
 def _pairs(
@@ -86,3 +86,38 @@ def test_precision_is_left_out_without_labels_and_beyond_the_candidates():
     assert figures["image_to_text_P@1"]["value"] == 1
     assert figures["image_to_text_P@1"]["classes"] == 1
     assert "image_to_text_P@5" not in figures
+
+
+def test_a_balanced_set_has_as_many_of_each_class_and_of_no_other():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 2, (400, 3))
+    keys = [f"{number:016x}" for number in rng.permutation(400)]
+    places = balanced_places(keys, labels, ("a", "b", "c"), 20)
+    present = labels[places] == 1
+    assert present.sum(axis=0).tolist() == [20, 20, 20]
+    assert (present.sum(axis=1) == 1).all()
+    # the same studies however the shards were written
+    shuffled = rng.permutation(400)
+    again = balanced_places([keys[i] for i in shuffled], labels[shuffled], ("a", "b", "c"), 20)
+    assert {keys[i] for i in places} == {keys[i] for i in shuffled[again]}
+    first = [key for key, row in sorted(zip(keys, labels == 1, strict=True)) if row.tolist() == [True, False, False]]
+    assert set(first[:20]) <= {keys[i] for i in places}
+
+
+def test_a_class_with_too_few_is_named_with_how_many_there_are():
+    labels = np.array([[1, 0], [1, 1], [0, 1], [1, 0], [-1, 1]])
+    with pytest.raises(
+        ValueError, match="--per-class 3: too few studies have one of the classes and no other: a 2, b 2;"
+    ):
+        balanced_places(list("abcde"), labels, ("a", "b"), 3)
+
+
+def test_precision_of_a_balanced_set_names_its_classes():
+    labels = [[1, 0], [1, 0], [0, 1], [0, 1]]
+    images = torch.eye(4)[[0, 0, 2, 0]]  # the last radiograph finds reports of the other class
+    pairs = _pairs(images, torch.eye(4)[[0, 0, 2, 2]], [0, 1, 2, 3], labels)
+    figures, _ = score_pairs(pairs._replace(classes=("a", "b")))
+    assert figures["image_to_text_P@1"]["by_class"] == {"a": 1.0, "b": 0.5}
+    assert figures["image_to_text_P@1"]["value"] == 0.75
+    assert figures["image_to_text_chance_P@1"]["value"] == 0.5
+    assert "by_class" not in score_pairs(pairs)[0]["image_to_text_P@1"]
