@@ -66,7 +66,7 @@ def _curve_of_class(
 
 
 def _read_at_recalls(recall: np.ndarray, precision: np.ndarray) -> float:
-    places = np.searchsorted(recall, RECALLS - TINY, side="left")
+    places = np.searchsorted(recall, RECALLS, side="left")
     reached = places < len(recall)
     return float(precision[places[reached]].sum() / len(RECALLS))
 
