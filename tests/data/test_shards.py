@@ -48,6 +48,7 @@ class Clinic:
     studies: list[Study]
     name: str = "clinic"
     synthetic: bool = False
+    has_reports: bool = True
 
     def __iter__(self) -> Iterator[Study]:
         return iter(self.studies)
@@ -350,6 +351,15 @@ def test_masks_and_boxes_go_with_the_radiograph(tmp_path):
     np.testing.assert_array_equal(stored, expected)
     box = json.loads(files["json"])["extra"]["boxes"][0]
     assert box == {"label": "lesion", "x": 4.0, "y": 15.0, "width": 16.0, "height": 10.0}
+
+
+def test_a_collection_without_reports_keeps_its_studies(tmp_path):
+    source = clinic(tmp_path / "files")
+    studies = [replace(study, findings="", impression="") for study in source]
+    report = build(Clinic(studies, has_reports=False), tmp_path / "out")
+    assert report["kept"] == build(source, tmp_path / "other")["kept"]
+    assert report["sections"]["none"] == report["studies"] == 12
+    assert report["dropped_studies"] == {}
 
 
 def test_a_patient_in_two_splits_stops_the_build_before_anything_is_written(tmp_path):

@@ -13,6 +13,8 @@ SOURCES = {
     "openi": ("openi", "OpenISource"),
     "mimic-cxr": ("mimic_cxr", "MimicCxrSource"),
     "chexpert-plus": ("chexpert_plus", "CheXpertPlusSource"),
+    "chexpert": ("chexpert", "CheXpertSource"),
+    "chestxray14": ("chestxray14", "ChestXray14Source"),
     "table": ("table", "TableSource"),
     "phantom": ("phantom", "PhantomSource"),
 }

@@ -40,6 +40,7 @@ class CheXpertPlusSource:
 
     name = "chexpert-plus"
     synthetic = False
+    has_reports = True
 
     def __init__(self, root: str | Path, *, labels: str | None = None):
         self._root = Path(root)

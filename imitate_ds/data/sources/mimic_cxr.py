@@ -45,6 +45,7 @@ class MimicCxrSource:
 
     name = "mimic-cxr"
     synthetic = False
+    has_reports = True
 
     def __init__(
         self, root: str | Path, reports: str | Path | None = None, *, labels: str | None = None, style: str = "tolerant"

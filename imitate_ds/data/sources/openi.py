@@ -39,6 +39,7 @@ class OpenISource:
 
     name = "openi"
     synthetic = False
+    has_reports = True
 
     def __init__(self, root: str | Path, *, views: str | None = None):
         root = Path(root)

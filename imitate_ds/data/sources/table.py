@@ -131,11 +131,11 @@ def described(cell: str) -> str:
     return cell if len(cell) <= 4 else f"a number of {len(cell)} characters"
 
 
-def split_by_hash(patient_id: str) -> str:
-    """90 % train, 5 % val, 5 % test, the same on every machine."""
+def split_by_hash(patient_id: str, *, train: int = 90, val: int = 5) -> str:
+    """train % of the patients in train, val % in val, the rest in test, the same on every machine."""
     digest = hashlib.blake2b(patient_id.encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") % 100
-    return "train" if share < 90 else "val" if share < 95 else "test"
+    return "train" if share < train else "val" if share < train + val else "test"
 
 
 def check_patients(patients: Iterable[str], column: str, path: Path) -> None:
@@ -195,6 +195,7 @@ class TableSource:
 
     name = "table"
     synthetic = False
+    has_reports = True
 
     def __init__(
         self, root: str | Path, columns: Mapping[str, str | Sequence[str]] | None = None, *, style: str = "tolerant"
