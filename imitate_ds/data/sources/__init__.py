@@ -15,6 +15,8 @@ SOURCES = {
     "chexpert-plus": ("chexpert_plus", "CheXpertPlusSource"),
     "chexpert": ("chexpert", "CheXpertSource"),
     "chestxray14": ("chestxray14", "ChestXray14Source"),
+    "rsna": ("rsna", "RsnaSource"),
+    "siim": ("siim", "SiimSource"),
     "table": ("table", "TableSource"),
     "phantom": ("phantom", "PhantomSource"),
 }

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -11,8 +12,17 @@ from imitate_ds.data.radiographs import load_radiograph, read_dicom_header
 from imitate_ds.data.sources.base import RadiographRef, Study, reader_files
 from imitate_ds.data.sources.table import Row, check_patient_splits, described, parse_split, read_rows
 
-Box = dict[str, object]  # {"label", "x", "y", "width", "height"} in pixels of the radiograph
-Place = tuple[float, float, float, float]  # x, y, width, height of one
+Place = tuple[float, float, float, float]  # x, y, width, height of a box
+
+
+class Box(TypedDict):
+    """In pixels of the radiograph."""
+
+    label: str
+    x: float
+    y: float
+    width: float
+    height: float
 
 
 def image_study(
