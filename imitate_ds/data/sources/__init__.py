@@ -17,6 +17,9 @@ SOURCES = {
     "chestxray14": ("chestxray14", "ChestXray14Source"),
     "rsna": ("rsna", "RsnaSource"),
     "siim": ("siim", "SiimSource"),
+    "covidx": ("covidx", "CovidxSource"),
+    "object-cxr": ("object_cxr", "ObjectCxrSource"),
+    "vindr": ("vindr", "VinDrSource"),
     "table": ("table", "TableSource"),
     "phantom": ("phantom", "PhantomSource"),
 }

@@ -109,6 +109,13 @@ def files_by_name(folders: Iterable[Path], suffixes: Collection[str]) -> dict[st
     }
 
 
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; save it as such") from None
+
+
 def read_split_list(path: Path, patients: Collection[str]) -> dict[str, str]:
     """patient -> split, from a CSV with these two columns. Raises ValueError where one of patients is not in it."""
     rows = [(row["patient"].strip(), parse_split(row, "split", path)) for row in read_rows(path, ("patient", "split"))]

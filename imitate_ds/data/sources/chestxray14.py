@@ -15,6 +15,7 @@ from imitate_ds.data.sources.annotations import (
     files_by_name,
     image_file,
     image_study,
+    read_lines,
     read_numbers,
     require_an_image,
 )
@@ -116,7 +117,7 @@ class ChestXray14Source:
 def _read_list(path: Path) -> set[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; expected {LAYOUT}")
-    return set(path.read_text(encoding="utf-8").split())
+    return {name for line in read_lines(path) for name in line.split()}
 
 
 def _labels(row: Row, table: Path) -> dict[str, int]:
