@@ -20,6 +20,7 @@ SOURCES = {
     "covidx": ("covidx", "CovidxSource"),
     "object-cxr": ("object_cxr", "ObjectCxrSource"),
     "vindr": ("vindr", "VinDrSource"),
+    "covid-cxr": ("covid_cxr", "CovidCxrSource"),
     "table": ("table", "TableSource"),
     "phantom": ("phantom", "PhantomSource"),
 }

@@ -10,9 +10,10 @@ import numpy as np
 
 from imitate_ds.data.radiographs import load_radiograph, read_dicom_header
 from imitate_ds.data.sources.base import RadiographRef, Study, reader_files
-from imitate_ds.data.sources.table import Row, check_patient_splits, described, parse_split, read_rows
+from imitate_ds.data.sources.rows import Row, check_patient_splits, described, parse_split, read_rows
 
 Place = tuple[float, float, float, float]  # x, y, width, height of a box
+OUTSIDE, INSIDE = 63, 191  # grey levels
 
 
 class Box(TypedDict):
@@ -82,10 +83,23 @@ def box_of_corners(label: str, x1: float, y1: float, x2: float, y2: float, *, wh
 
 
 def box_of_place(label: str, x: float, y: float, width: float, height: float, *, where: str) -> Box:
-    """Raises ValueError, which begins with where, for a box without area."""
+    """Raises ValueError, which begins with where, for a box without area or name."""
+    if not label:
+        raise ValueError(f"{where}: a box has no label: must say what it is of")
     if width <= 0 or height <= 0:
         raise ValueError(f"{where}: a box is {width:g} wide and {height:g} high: both must be greater than 0")
     return {"label": label, "x": x, "y": y, "width": width, "height": height}
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask in an image file, as it is stored: above INSIDE is inside, below OUTSIDE outside, between nobody says.
+
+    Raises ValueError where nothing is inside though something is drawn: such files number their classes, or mean 1 by inside.
+    """
+    mask = load_radiograph(path)
+    if 0 < mask.max() < OUTSIDE:
+        raise ValueError("mask has no grey level that counts: 255 must be inside, 0 outside, and 127 what nobody says")
+    return mask
 
 
 def boxes_mask(path: Path, places: Sequence[Place]) -> np.ndarray:

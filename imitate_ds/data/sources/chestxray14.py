@@ -20,7 +20,7 @@ from imitate_ds.data.sources.annotations import (
     require_an_image,
 )
 from imitate_ds.data.sources.base import Published, RadiographRef, Study
-from imitate_ds.data.sources.table import (
+from imitate_ds.data.sources.rows import (
     Row,
     check_patient_splits,
     check_patients,

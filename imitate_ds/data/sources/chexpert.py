@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from imitate_ds.data.sources.annotations import image_file, require_an_image
 from imitate_ds.data.sources.base import Published, RadiographRef, Study
-from imitate_ds.data.sources.table import (
+from imitate_ds.data.sources.rows import (
     SPLIT_NAMES,
     Row,
     check_patient_splits,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from imitate_ds.data.sources.annotations import image_file, image_study, one_hot, read_lines, require_an_image
 from imitate_ds.data.sources.base import RadiographRef, Study
-from imitate_ds.data.sources.table import check_patient_splits, described, split_by_hash
+from imitate_ds.data.sources.rows import check_patient_splits, described, split_by_hash
 
 LAYOUT = (
     "train/, test/, and train*.txt and test*.txt (also in labels/), lines of: patient file class source; "

@@ -13,7 +13,7 @@ from imitate_ds.data.sources.annotations import (
     require_an_image,
 )
 from imitate_ds.data.sources.base import Published, RadiographRef, Study
-from imitate_ds.data.sources.table import SPLIT_NAMES, Row, described, read_rows, shown_columns
+from imitate_ds.data.sources.rows import SPLIT_NAMES, Row, described, read_rows, shown_columns
 
 LAYOUT = "train.csv, dev.csv and, if there, test.csv (image_name, annotation), and train/*.jpg, dev/*.jpg, test/*.jpg"
 FOLDERS = ("train", "dev", "test")

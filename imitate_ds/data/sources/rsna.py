@@ -23,7 +23,7 @@ from imitate_ds.data.sources.annotations import (
     require_an_image,
 )
 from imitate_ds.data.sources.base import Published, Study
-from imitate_ds.data.sources.table import Row, described, read_rows, split_by_hash
+from imitate_ds.data.sources.rows import Row, described, read_rows, split_by_hash
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 FOLDER = "stage_2_train_images"

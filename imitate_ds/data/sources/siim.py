@@ -11,7 +11,7 @@ import numpy as np
 from imitate_ds.data.radiographs import DicomHeader, read_dicom_header
 from imitate_ds.data.sources.annotations import image_file, image_study, read_split_list
 from imitate_ds.data.sources.base import Published, Study
-from imitate_ds.data.sources.table import Row, described, read_rows, split_by_hash
+from imitate_ds.data.sources.rows import Row, described, read_rows, split_by_hash
 
 # That of stage 2 has the rows of the other and those of the test set of stage 1.
 TABLES = ("stage_2_train.csv", "train-rle.csv")

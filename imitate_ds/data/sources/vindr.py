@@ -17,7 +17,7 @@ from imitate_ds.data.sources.annotations import (
     require_an_image,
 )
 from imitate_ds.data.sources.base import Published, RadiographRef, Study
-from imitate_ds.data.sources.table import Row, read_labels, read_rows, split_by_hash
+from imitate_ds.data.sources.rows import Row, read_labels, read_rows, split_by_hash
 
 LAYOUT = (
     "annotations/annotations_train.csv and annotations/image_labels_train.csv, the same of test, and train/*.dicom and "

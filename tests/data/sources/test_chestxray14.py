@@ -4,7 +4,7 @@ from PIL import Image
 
 from imitate_ds.data.sources import chestxray14, open_source
 from imitate_ds.data.sources.chestxray14 import LABELS, ChestXray14Source
-from imitate_ds.data.sources.table import split_by_hash
+from imitate_ds.data.sources.rows import split_by_hash
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

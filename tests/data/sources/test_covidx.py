@@ -4,7 +4,7 @@ from PIL import Image
 
 from imitate_ds.data.sources import open_source
 from imitate_ds.data.sources.covidx import CovidxSource
-from imitate_ds.data.sources.table import split_by_hash
+from imitate_ds.data.sources.rows import split_by_hash
 
 THREE = {
     "train_COVIDx9A.txt": [

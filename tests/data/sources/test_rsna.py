@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from imitate_ds.data.sources import open_source
+from imitate_ds.data.sources.rows import split_by_hash
 from imitate_ds.data.sources.rsna import RsnaSource
-from imitate_ds.data.sources.table import split_by_hash
 from tests.data.test_radiographs import save_dicom
 
 LABELS = """patientId,x,y,width,height,Target

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from imitate_ds.data.sources import open_source
+from imitate_ds.data.sources.rows import split_by_hash
 from imitate_ds.data.sources.siim import SiimSource
-from imitate_ds.data.sources.table import split_by_hash
 from tests.data.test_radiographs import save_dicom
 
 # 12 rows and 16 columns of pixels: a column is 12 numbers. "25 3 9 2": three pixels from row 1 of column 2, two below its end.

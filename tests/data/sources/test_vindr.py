@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from imitate_ds.data.sources import open_source
-from imitate_ds.data.sources.table import split_by_hash
+from imitate_ds.data.sources.rows import split_by_hash
 from imitate_ds.data.sources.vindr import VinDrSource
 from tests.data.test_radiographs import save_dicom
 
