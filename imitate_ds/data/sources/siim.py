@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from imitate_ds.data.sources.rows import Row, described, read_rows, split_by_has
 # That of stage 2 has the rows of the other and those of the test set of stage 1.
 TABLES = ("stage_2_train.csv", "train-rle.csv")
 LAYOUT = f"{' or '.join(TABLES)} and <ImageId>.dcm, in any folders"
+# Unique ImageIds of each, as people counted them on Kaggle; some copies of train-rle.csv have those of stage 2
+PUBLISHED = {"stage_2_train.csv": 12_047, "train-rle.csv": 10_675}
 EMPTY = "-1"
 PNEUMOTHORAX = "pneumothorax"
 
@@ -31,12 +32,11 @@ class SiimSource:
     name = "siim"
     synthetic = False
     has_reports = False
-    # About: unique ImageIds in stage_2_train.csv; train-rle.csv of stage 1 has 10,675, and later copies all of them
-    published: ClassVar[Published] = {"all": {"radiographs": 12_047}}
 
     def __init__(self, root: str | Path, *, splits: str | None = None):
         root = Path(root)
         table = _find_table(root)
+        self.published: Published = {"all": {"radiographs": PUBLISHED[table.name]}}
         rows: dict[str, list[Row]] = defaultdict(list)
         for row in read_rows(table, ("ImageId", "EncodedPixels")):
             rows[row["ImageId"].strip()].append(row)

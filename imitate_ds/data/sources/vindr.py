@@ -6,7 +6,7 @@ Nguyen et al., VinDr-CXR: An open dataset of chest X-rays with radiologist's ann
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from imitate_ds.data.sources.annotations import (
     Box,
@@ -28,6 +28,7 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 NOTHING = "No finding"
 SAME_LABEL = {"Other disease": "Other diseases"}  # as the labels of test spell it -> as those of train do
 UNION = "union"
+PUBLISHED = {"train + val": {"radiographs": 15_000}, "test": {"radiographs": 3_000}}  # the paper, abstract
 
 Votes = dict[str, dict[str, dict[str, int]]]  # image -> reader -> label -> 1 or 0
 Marks = dict[str, list[tuple[str, Box | None]]]  # image -> reader and box; None where a reader found nothing
@@ -53,10 +54,10 @@ class VinDrSource:
     name = "vindr"
     synthetic = False
     has_reports = False
-    published: ClassVar[Published] = {"train + val": {"radiographs": 15_000}, "test": {"radiographs": 3_000}}
 
     def __init__(self, root: str | Path, *, reader: str = UNION):
         root = Path(root)
+        self.published: Published = PUBLISHED if reader == UNION else {}
         self._images: list[tuple[RadiographRef, dict[str, int], list[Box] | None]] = []
         for part in _find_parts(root):
             marks = _read_marks(part.boxes)
