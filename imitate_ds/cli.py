@@ -195,7 +195,10 @@ def shards_build(
         samples_per_shard=plan.samples_per_shard,
     )
     console.print(report_table(report))
-    _say(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa")
+    if collection.has_reports:
+        _say(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa")
+    else:
+        _say(f"{plan.out}: labels, masks or boxes without reports, so there is nothing to embed")
 
 
 @shards_app.command("merge")

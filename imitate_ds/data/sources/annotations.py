@@ -13,7 +13,7 @@ from imitate_ds.data.sources.base import RadiographRef, Study, reader_files
 from imitate_ds.data.sources.rows import Row, check_patient_splits, described, parse_split, read_rows
 
 Place = tuple[float, float, float, float]  # x, y, width, height of a box
-OUTSIDE, INSIDE = 63, 191  # grey levels
+OUTSIDE = 63  # the highest grey level of a mask that is outside
 
 
 class Box(TypedDict):
@@ -92,12 +92,12 @@ def box_of_place(label: str, x: float, y: float, width: float, height: float, *,
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask in an image file, as it is stored: above INSIDE is inside, below OUTSIDE outside, between nobody says.
+    """A mask in an image file, as it is stored: up to 63 is outside, above 191 inside, between nobody says.
 
     Raises ValueError where nothing is inside though something is drawn: such files number their classes, or mean 1 by inside.
     """
     mask = load_radiograph(path)
-    if 0 < mask.max() < OUTSIDE:
+    if 0 < mask.max() <= OUTSIDE:
         raise ValueError("mask has no grey level that counts: 255 must be inside, 0 outside, and 127 what nobody says")
     return mask
 

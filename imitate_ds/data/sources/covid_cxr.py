@@ -15,7 +15,7 @@ from imitate_ds.data.sources.table_annotations import MOST_CLASSES, read_box_fil
 TABLE = "metadata.csv"
 BOX_FILES = {"lungs": "lung_boxes.csv", "pathology": "pathology_boxes.csv"}
 LAYOUT = f"{TABLE}, images/, lung_masks/, seg/, {' and '.join(BOX_FILES.values())}"
-UNSAID = "todo"  # a finding that nobody wrote down yet
+NOT_YET = "todo"  # a finding that nobody wrote down yet
 # Bits of the files in seg/: structures overlap, so each is a mask of its own
 STRUCTURES = {
     "right_lung": 1,
@@ -98,4 +98,4 @@ def bit_mask(path: Path, bit: int) -> np.ndarray:
 def _findings(row: Row) -> list[str]:
     """COVID-19 and ARDS, of "COVID-19, ARDS"; none where the finding is not written down."""
     names = [name.strip() for name in row["finding"].split(",")]
-    return [name for name in names if name not in ("", UNSAID)]
+    return [name for name in names if name not in ("", NOT_YET)]

@@ -37,10 +37,8 @@ ROLES = (
     *("labels", "class", "masks", "boxes"),
 )
 TEXT_ROLES = ("findings", "impression", "report")
-LIST_ROLES = {
-    "labels": "label_",
-    "masks": MASK_PREFIX,
-}  # a list of columns, or the prefix of their names: unless told, this
+# Roles that take a list of columns, or the prefix of their names, which is this unless told otherwise
+LIST_ROLES = {"labels": "label_", "masks": MASK_PREFIX}
 
 
 class TableSource:
@@ -52,7 +50,7 @@ class TableSource:
     are frontal) and split (else drawn by patient).
 
     Annotations: labels (1, 0, -1 or blank), class (its values become labels, one of them 1), masks (paths of images of the
-    radiograph's size: grey levels above 191 are inside, below 63 outside, between nobody says) and boxes (JSON). labels and
+    radiograph's size: grey levels above 191 are inside, up to 63 outside, between nobody says) and boxes (JSON). labels and
     masks are lists of columns, or the prefix of their names; without them that is "label_" and "mask_". The option boxes
     names another CSV, of file, class, x1, y1, x2, y2, file as in the column of images. A blank cell, or an image that is not
     in that CSV, is not annotated. A table of annotations needs no text.

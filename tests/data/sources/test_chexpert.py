@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imitate_ds.data.collection_check import check_collection, check_lines
 from imitate_ds.data.sources import open_source
 from imitate_ds.data.sources.chexpert import CheXpertSource
 
@@ -96,3 +97,16 @@ def test_what_is_missing_is_named(tmp_path):
     write_table(tmp_path / "train.csv", TRAIN)
     with pytest.raises(FileNotFoundError, match="none of the images that its tables name is there; expected"):
         CheXpertSource(tmp_path)
+
+
+def test_a_part_of_the_collection_is_less_than_was_published(tmp_path):
+    check = check_collection(CheXpertSource(write_tree(tmp_path)))
+    assert not check.is_whole
+    assert check_lines(check) == [
+        "train: 3 radiographs, 223,414 published: 223,411 fewer",
+        "train: 1 patients, 64,540 published: 64,539 fewer",
+        "val: 1 radiographs, 234 published: 233 fewer",
+        "val: 1 patients, 200 published: 199 fewer",
+        "test: not here; 668 radiographs published",
+        "chexpert: something is missing or wrong",
+    ]

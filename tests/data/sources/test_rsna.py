@@ -1,9 +1,12 @@
 import json
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 
+from imitate_ds.data.radiographs import decode_radiograph
+from imitate_ds.data.shards import build_shards, load_index, read_samples
 from imitate_ds.data.sources import open_source
 from imitate_ds.data.sources.rows import split_by_hash
 from imitate_ds.data.sources.rsna import RsnaSource
@@ -124,3 +127,23 @@ def test_what_is_missing_is_named(tmp_path):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="none of the images that its tables name is there"):
         RsnaSource(tmp_path)
+
+
+def test_shards_hold_label_boxes_and_mask(tmp_path):
+    source = RsnaSource(write_tree(tmp_path))
+    report = build_shards(source, tmp_path / "out", image_size=16, workers=0, progress=False)
+    assert report["dropped_images"] == report["dropped_studies"] == {}
+    assert sum(split["samples"] for split in report["kept"].values()) == 3
+    index = load_index(tmp_path / "out")
+    metas = [meta for split in index.splits for _, _, meta in read_samples(index, split)]
+    (positive,) = (meta for meta in metas if meta["labels"]["pneumonia"])
+    # 16 x 12 pixels lie in the middle of the square, 2 rows below its top
+    assert positive["extra"]["boxes"][0] == {"label": "pneumonia", "x": 2.0, "y": 5.0, "width": 4.0, "height": 5.0}
+    masks = {}
+    for path in (tmp_path / "out").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            names = [name for name in tar.getnames() if name.endswith(".pneumonia.mask.png")]
+            masks |= {name[:16]: decode_radiograph(tar.extractfile(name).read()) for name in names}  # type: ignore[union-attr]
+    assert len(masks) == 3
+    (drawn,) = (mask for mask in masks.values() if mask.any())
+    assert (drawn[5:10, 2:6].min(), int((drawn > 0).sum())) == (255, 24)
