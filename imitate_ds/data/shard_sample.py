@@ -60,9 +60,8 @@ def _meta(study: Study, image: RadiographRef, content: ContentBox, size: int) ->
     extra = dict(study.extra)
     if isinstance(boxes := extra.get("boxes"), list):
         placed = [_placed(box, content, size) for box in boxes]
-        extra["boxes"] = [
-            box for box in placed if box["width"] and box["height"]
-        ]  # the others lay in the cropped border
+        # One in the border that is cropped has nothing left, and a detector cannot learn from it.
+        extra["boxes"] = [box for box in placed if box["width"] and box["height"]]
     return {
         "findings": "" if is_missing(study.findings) else study.findings,
         "impression": "" if is_missing(study.impression) else study.impression,
