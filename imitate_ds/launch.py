@@ -1,8 +1,8 @@
 """Starting a run on a cluster, or here: what will be run is said before it is run.
 
-The work is done by launch/pretrain.sbatch and launch/pretrain.sh, which anybody can start by hand; this writes their command
-line and shows what becomes of it. `python -m imitate_ds.launch --config RUN.yaml [--set key=value ...]` makes the folder of a run
-and prints it: the scripts ask, since any setting may move it.
+The work is done by launch/pretrain.sbatch, launch/finetune.sbatch and launch/pretrain.sh, which anybody can start by hand; this
+writes their command line and shows what becomes of it. `python -m imitate_ds.launch --config RUN.yaml [--set key=value ...]`
+makes the folder of a run and prints it: the scripts ask, since any setting may move it.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from imitate_ds.config import RunConfig, load_run_config
+from imitate_ds.config import RunConfig, build_run_config
+from imitate_ds.finetune_config import FinetuneConfig, build_finetune_config
+from imitate_ds.run_file import read_settings
 
-SCRIPT, LOCAL_SCRIPT = Path("launch/pretrain.sbatch"), Path("launch/pretrain.sh")
-ENTRANCE = "imitate_ds.pretrain"
+LOCAL_SCRIPT = Path("launch/pretrain.sh")
 
 Launcher = Literal["srun", "deepspeed", "local"]
 
@@ -35,6 +36,15 @@ class Plan(NamedTuple):
     ranks_per_node: int = 0  # 0: one for each GPU
     cpus_per_node: int = 0  # 0: whole nodes
     options: tuple[str, ...] = ()  # for sbatch
+    entrance: Literal["pretrain", "finetune"] = "pretrain"  # by the run file
+
+    @property
+    def script(self) -> Path:
+        return LOCAL_SCRIPT if self.launcher == "local" else Path(f"launch/{self.entrance}.sbatch")
+
+    @property
+    def module(self) -> str:
+        return f"imitate_ds.{self.entrance}"
 
     @property
     def most_nodes(self) -> int:
@@ -56,13 +66,16 @@ def launch(plan: Plan, *, dry_run: bool) -> int:
     Raises ValueError or FileNotFoundError naming the option, its value and the rule.
     """
     _check(plan)
-    print(describe(plan, load_run_config(plan.config, list(plan.overrides))), flush=True)
+    config = load_any_run(plan.config, list(plan.overrides))
+    plan = plan._replace(entrance="finetune" if isinstance(config, FinetuneConfig) else "pretrain")
+    print(describe(plan, config), flush=True)
     if dry_run:
         return 0
     environment, command = submission(plan)
-    script = LOCAL_SCRIPT if plan.launcher == "local" else SCRIPT
-    if not script.is_file():
-        raise FileNotFoundError(f"{script}: no such file; start runs in the folder that holds launch/, the repository")
+    if not plan.script.is_file():
+        raise FileNotFoundError(
+            f"{plan.script}: no such file; start runs in the folder that holds launch/, the repository"
+        )
     if not shutil.which(command[0]):
         raise FileNotFoundError(
             f"{command[0]} is not here; submit on a login node of the cluster, or use --launcher local"
@@ -70,15 +83,30 @@ def launch(plan: Plan, *, dry_run: bool) -> int:
     return subprocess.run(command, env={**os.environ, **environment}).returncode
 
 
+def load_any_run(path: Path, overrides: list[str]) -> RunConfig | FinetuneConfig:
+    """A run file of pre-training or, where it has a task, of fine-tuning. Raises what their own loaders raise."""
+    values = read_settings(path, overrides)
+    return build_finetune_config(values) if "task" in values else build_run_config(values)
+
+
 def submission(plan: Plan) -> tuple[dict[str, str], list[str]]:
     """Environment and command line of what starts the run."""
     if plan.launcher == "local":
         ranks = {"RANKS": str(plan.ranks_of_a_node)} if plan.ranks_of_a_node else {}
-        return ranks, [str(LOCAL_SCRIPT), *plan.arguments]
+        entrance = {"ENTRANCE": plan.module} if plan.entrance != "pretrain" else {}
+        return ranks | entrance, [str(plan.script), *plan.arguments]
     environment = {"LAUNCHER": plan.launcher, "RANKS_PER_NODE": str(plan.ranks_of_a_node)}
     gpus = [f"--gpus-per-node={plan.gpus_per_node}"] if plan.gpus_per_node else []
     cpus = [f"--cpus-per-task={plan.cpus_per_node}"] if plan.cpus_per_node else ["--exclusive"]
-    return environment, ["sbatch", f"--nodes={plan.nodes}", *gpus, *cpus, *plan.options, str(SCRIPT), *plan.arguments]
+    return environment, [
+        "sbatch",
+        f"--nodes={plan.nodes}",
+        *gpus,
+        *cpus,
+        *plan.options,
+        str(plan.script),
+        *plan.arguments,
+    ]
 
 
 def step_line(plan: Plan, run_dir: Path) -> str:
@@ -87,9 +115,9 @@ def step_line(plan: Plan, run_dir: Path) -> str:
     step = "srun --label --kill-on-bad-exit=0"
     if plan.launcher == "srun":
         size = f"--ntasks={nodes * ranks} --ntasks-per-node={ranks} --cpus-per-task=$((SLURM_CPUS_ON_NODE / {ranks}))"
-        return f"{step} {size} $IMITATE_DS_CONTAINER python -m {ENTRANCE} {arguments}"
+        return f"{step} {size} $IMITATE_DS_CONTAINER python -m {plan.module} {arguments}"
     size = f'--ntasks={nodes} --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE"'
-    return f"{step} {size} bash -c {shlex.quote(_NODE_SCRIPT)} deepspeed {_deepspeed(run_dir)} {arguments}"
+    return f"{step} {size} bash -c {shlex.quote(_NODE_SCRIPT)} deepspeed {_deepspeed(plan, run_dir)} {arguments}"
 
 
 def node_lines(plan: Plan, run_dir: Path) -> list[str]:
@@ -97,14 +125,14 @@ def node_lines(plan: Plan, run_dir: Path) -> list[str]:
     ranks, arguments = plan.ranks_of_a_node, shlex.join(plan.arguments)
     if plan.launcher == "local":
         count = f"--num_gpus={ranks} " if ranks else ""
-        return [f"deepspeed {count}--master_port=29500 --module {ENTRANCE} {arguments}"]
+        return [f"deepspeed {count}--master_port=29500 --module {plan.module} {arguments}"]
     if plan.launcher == "srun":
         world = f"RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE={plan.most_nodes * ranks}"
-        return [f"{ranks} time(s): {world} $IMITATE_DS_CONTAINER python -m {ENTRANCE} {arguments}"]
-    return [f"$IMITATE_DS_CONTAINER deepspeed --node_rank=$SLURM_NODEID {_deepspeed(run_dir)} {arguments}"]
+        return [f"{ranks} time(s): {world} $IMITATE_DS_CONTAINER python -m {plan.module} {arguments}"]
+    return [f"$IMITATE_DS_CONTAINER deepspeed --node_rank=$SLURM_NODEID {_deepspeed(plan, run_dir)} {arguments}"]
 
 
-def describe(plan: Plan, config: RunConfig) -> str:
+def describe(plan: Plan, config: RunConfig | FinetuneConfig) -> str:
     """The plan for a reader, each command as it could be typed."""
     environment, command = submission(plan)
     rows = [
@@ -122,12 +150,12 @@ def describe(plan: Plan, config: RunConfig) -> str:
 _NODE_SCRIPT = 'trap "" USR1; exec $IMITATE_DS_CONTAINER deepspeed --node_rank="$SLURM_NODEID" "$@"'
 
 
-def _deepspeed(run_dir: Path) -> str:
+def _deepspeed(plan: Plan, run_dir: Path) -> str:
     hosts = shlex.quote(f"--hostfile={run_dir}/hostfile")
-    return f'{hosts} --no_ssh --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module {ENTRANCE}'
+    return f'{hosts} --no_ssh --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module {plan.module}'
 
 
-def _size(plan: Plan, config: RunConfig) -> str:
+def _size(plan: Plan, config: RunConfig | FinetuneConfig) -> str:
     if not plan.ranks_of_a_node:
         return "one for each GPU of this machine"
     ranks = plan.most_nodes * plan.ranks_of_a_node
@@ -173,7 +201,7 @@ def _make_folder(arguments: list[str]) -> Path:
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     given: Any = parser.parse_args(arguments)
-    config = load_run_config(given.config, given.set)
+    config = load_any_run(given.config, given.set)
     os.umask(0o077 if config.share == "private" else 0o027)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     return config.run_dir

@@ -46,9 +46,11 @@ def run_file(tmp_path) -> Path:
 JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "a[1-2]", "SLURM_CPUS_ON_NODE": "16", "SLURM_GPUS_ON_NODE": "4"}
 
 
-def run_script(repository, seen, *arguments, **environment) -> subprocess.CompletedProcess:
-    """launch/pretrain.sbatch, as if by Slurm."""
-    command = ["bash", "launch/pretrain.sbatch", *arguments]
+def run_script(
+    repository, seen, *arguments, script="launch/pretrain.sbatch", **environment
+) -> subprocess.CompletedProcess:
+    """A script of launch/, as if by Slurm."""
+    command = ["bash", str(script), *arguments]
     given = {**os.environ, **JOB, "PYTHONPATH": str(repository), **environment}
     return subprocess.run(command, env=given, cwd=repository, capture_output=True, text=True)
 
@@ -61,10 +63,13 @@ def environment(seen: Path) -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in words(seen / "environment"))
 
 
+@pytest.mark.parametrize("entrance", ["pretrain", "finetune"])
 @pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
-def test_what_is_said_is_what_the_script_runs(repository, seen, run_file, launcher):
-    plan = Plan(run_file, ("name=run", "train.epochs=3"), launcher, "2", gpus_per_node=4)
-    run_script(repository, seen, *plan.arguments, LAUNCHER=launcher)
+def test_what_is_said_is_what_the_script_runs(repository, seen, run_file, launcher, entrance):
+    if entrance == "finetune":
+        run_file.write_text(run_file.read_text() + "task: {kind: detection}\nencoder: {init: none}\n")
+    plan = Plan(run_file, ("name=run", "train.epochs=3"), launcher, "2", gpus_per_node=4, entrance=entrance)
+    run_script(repository, seen, *plan.arguments, script=plan.script, LAUNCHER=launcher)
     line = step_line(plan, seen / "run").partition("srun ")[2]
     values = environment(seen)
     said = subprocess.run(
@@ -213,6 +218,16 @@ def test_locally(run_file):
     said = describe(Plan(run_file, launcher="local", gpus_per_node=2), load_run_config(run_file))
     assert f"RANKS=2 launch/pretrain.sh --config '{run_file}'" in said
     assert f"deepspeed --num_gpus=2 --master_port=29500 --module imitate_ds.pretrain --config '{run_file}'" in said
+
+
+def test_the_run_file_says_which_entrance(run_file, capsys):
+    run_file.write_text(run_file.read_text() + "task: {kind: detection}\nencoder: {init: none}\n")
+    assert launch(Plan(run_file, launcher="local", gpus_per_node=2), dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert f"RANKS=2 ENTRANCE=imitate_ds.finetune launch/pretrain.sh --config '{run_file}'" in said
+    assert "--module imitate_ds.finetune" in said
+    assert launch(Plan(run_file, gpus_per_node=2), dry_run=True) == 0
+    assert "launch/finetune.sbatch" in capsys.readouterr().out
 
 
 def test_hosts_of_a_file_over_ssh(repository, seen, run_file):

@@ -7,11 +7,13 @@ import json
 import time
 
 import pytest
+import yaml
 
 from imitate_ds.data.shards import verify_shards
 from tests.cluster.conftest import STEPS
-from tests.cluster.runs import BATCH
+from tests.cluster.runs import BATCH, Run
 from tests.cluster.slurm import REPOSITORY, wait_for
+from tests.cluster.testimony import losses
 
 pytestmark = pytest.mark.cluster
 SLOWLY = {"STEP_SECONDS": "0.25"}
@@ -150,3 +152,33 @@ def test_an_array_builds_shards_in_parts(cluster, tmp_path):
     cluster.wait(job)
     wait_for(lambda: not cluster.run("squeue", "-h", "-j", str(job)), 60, what="all parts")
     assert verify_shards(tmp_path / "shards") == [], (tmp_path / "2.out").read_text()
+
+
+def test_fine_tuning_asked_to_end_goes_on(cluster, phantom_shards, tmp_path):
+    """launch/finetune.sbatch on two nodes: one job that is asked to end, one that is left alone, and the same figures."""
+    values = {
+        "output_dir": str(tmp_path),
+        "encoder": {"model": {"image_encoder": "resnet10t"}, "train": "full"},
+        "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0},
+        "task": {"kind": "classification", "targets": ["cardiomegaly", "nodule"]},
+        "train": {"global_batch_size": 36, "batch_norm": "freeze", "epochs": 40, "log_every": 1, "patience": 0},
+    }
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANKS_PER_NODE": "1", "SLURM_WAIT": "10"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+
+    def submit(name: str) -> Run:
+        path, output = tmp_path / f"{name}.yaml", tmp_path / f"{name}.out"
+        path.write_text(yaml.safe_dump({"name": name, **values}))
+        options = ("--nodes=2", "--cpus-per-task=2", f"--output={output}")
+        job = cluster.submit("launch/finetune.sbatch", "--config", str(path), options=options, environment=environment)
+        return Run(cluster, job, tmp_path / name, tmp_path, output)
+
+    disturbed = submit("asked")
+    disturbed.wait_for_step(13)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(disturbed.job))
+    disturbed.wait_for_end(restarts=1)
+    alone = submit("alone")
+    alone.wait_for_end()
+    assert losses(disturbed.folder) == losses(alone.folder)
+    one, other = (json.loads((run.folder / "results.json").read_text()) for run in (disturbed, alone))
+    assert one["results"][0]["metrics"] == other["results"][0]["metrics"]
