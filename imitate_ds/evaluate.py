@@ -23,9 +23,11 @@ from imitate_ds.evaluation.embedded import (
     embed_reports,
     read_split,
 )
+from imitate_ds.evaluation.grounding import REFERENCE, ask_for, point, pointing_figures, read_boxes, usual_levels
 from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompt_file import load_prompts
+from imitate_ds.evaluation.prompts import prompt_checksums
 from imitate_ds.evaluation.report import open_out, write_result
 from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
 from imitate_ds.evaluation.zero_shot import score_zero_shot
@@ -89,7 +91,7 @@ def evaluate_retrieval(
     if not metrics:
         raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
     settings = {"levels_left_out": left_out, "ties": TIES[ties], "classes": list(classes), "per_class": per_class}
-    return _write("retrieval", out, protocol, task, metrics, settings, curves)
+    return _write("retrieval", out, protocol, task.model, task.records, metrics, settings, curves)
 
 
 def evaluate_zero_shot(
@@ -112,7 +114,7 @@ def evaluate_zero_shot(
     task = _open(model, shards, out, split, protocol)
     _require_labels(task.records)
     scored = score_zero_shot(task.model, task.records, task.images, file, branch)
-    return _write("zero-shot", out, protocol, task, *scored)
+    return _write("zero-shot", out, protocol, task.model, task.records, *scored)
 
 
 def evaluate_probe(
@@ -152,7 +154,45 @@ def evaluate_probe(
         }
         if share == 1:
             curves = roc_curves(task.records, fits[0].scores)
-    return _write("probe", out, protocol, task, metrics, settings, curves)
+    return _write("probe", out, protocol, task.model, task.records, metrics, settings, curves)
+
+
+def evaluate_grounding(
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    prompts: str = "",
+    branch: Section = "impression",
+    reference_split: str = "train",
+    pictures: bool = False,
+) -> dict[str, Any]:
+    """The pointing game by label, over samples with boxes: does the most telling pixel for the label lie in one of them?
+
+    reference_split: whose first radiographs say what is usual; nothing but their pixels is used. pictures: also an
+    overlay of each sample in out/grounding/, which is patient data. Both protocols give the same figures.
+    """
+    file = load_prompts(prompts) if prompts else None
+    pretrained, records = _open_split(model, shards, out, split, protocol)
+    records.index.of_split(reference_split)  # it is there, before the work
+    boxes = read_boxes(records)
+    words = ask_for(boxes, file, branch)
+    usual = usual_levels(pretrained, records.index, reference_split, _workers())
+    folder = Path(out) / "grounding" if pictures else None
+    if folder:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    pointing = point(pretrained, records, boxes, words, branch, usual, workers=_workers(), pictures=folder)
+    settings = {
+        "branch": branch,
+        "prompts": words,
+        "prompt_files": prompt_checksums(file),
+        "labels_without_prompt": sorted({label for sample in boxes for label in sample} - set(words)),
+        "usual": f"mean features over the first {REFERENCE} radiographs of split {reference_split}",
+    }
+    metrics = pointing_figures(pointing, records.patients)
+    return _write("grounding", out, protocol, pretrained, records, metrics, settings, {})
 
 
 def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Task:
@@ -227,9 +267,15 @@ def _require_labels(records: SplitRecords) -> None:
 
 
 def _write(
-    name: str, out: Path, protocol: str, task: Task, metrics: Figures, settings: dict[str, Any], curves: dict[str, Any]
+    name: str,
+    out: Path,
+    protocol: str,
+    model: PretrainedImitate,
+    records: SplitRecords,
+    metrics: Figures,
+    settings: dict[str, Any],
+    curves: dict[str, Any],
 ) -> dict[str, Any]:
-    model = task.model
     bootstrap = {"draws": DRAWS, "seed": SEED, "unit": "patient", "interval": "95 % percentile"}
     result = {
         "task": name,
@@ -243,7 +289,7 @@ def _write(
             "trained_on": model.settings["data"],
             "synthetic": model.settings["synthetic"],
         },
-        "data": task.records.describe(),
+        "data": records.describe(),
         "settings": {**settings, "bootstrap": bootstrap},
         "metrics": metrics,
         "curves": curves,
