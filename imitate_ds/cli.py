@@ -35,7 +35,7 @@ Prompts = Annotated[
     str,
     typer.Option(
         "--prompts",
-        help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. All labels that ship unless given.",
+        help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. Unless given, all labels.",
     ),
 ]
 

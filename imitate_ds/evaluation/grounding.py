@@ -67,6 +67,11 @@ def box_mask(boxes: list[dict[str, Any]], size: int, stored: int) -> np.ndarray:
     return mask
 
 
+def is_hit(heat: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the maximum of a map [H, W] lies in a mask bool [H, W]; of equal ones the first counts."""
+    return bool(heat.max() > 0 and mask.flat[heat.argmax()])
+
+
 def ask_for(boxes: list[Boxes], file: PromptFile | None, branch: Section) -> dict[str, tuple[str, ...]]:
     """The texts that affirm each label that has boxes; labels that the file does not know are left out."""
     labels = sorted({label for sample in boxes for label in sample})
@@ -116,7 +121,7 @@ def point(
         maps = model.ground_rows(batch.images[images, 0], rows[columns], branch, usual).numpy()
         for (i, j), heat in zip(asked, maps, strict=True):
             mask = box_mask(boxes[samples[i]][labels[j]], size, records.index.image_size)
-            hits[samples[i], j] = heat.max() > 0 and mask.flat[heat.argmax()]
+            hits[samples[i], j] = is_hit(heat, mask)
             areas[samples[i], j] = mask.mean()
             inside[j] += mask
             if pictures:

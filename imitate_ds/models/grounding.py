@@ -10,8 +10,8 @@ of cells is drawn out to the size of the image; the map is the sum over the leve
 Before the cut its mean over the pixels is about s(A) - s(U). The findings branch reads all levels, through the aggregation block
 with its fixed draws of channels; the impression branch the last.
 
-U matters: an anatomy that every chest has draws most of a plain gradient times activation. On phantoms the maximum of the map lies
-in a box of the lesion 0.43 of the time with the mean over other radiographs as U, and 0.23 with none (README, Evaluation).
+U matters: anatomy that every chest has draws most of a plain gradient times activation. On phantoms the maximum lies in a box of
+the lesion 0.43 of the time with the mean over other radiographs as U, and 0.23 without (README, Real data).
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,26 @@ def grounding_maps(
     """
     with torch.no_grad():
         levels = model.image_encoder(images)
+    return relu(contributions(model, levels, texts, branch, usual, tuple(images.shape[-2:])))
+
+
+def contributions(
+    model: ImitateModel,
+    levels: Sequence[Tensor],
+    texts: Tensor,
+    branch: Literal["impression", "findings"],
+    usual: Sequence[Tensor] | None,
+    size: tuple[int, ...],
+) -> Tensor:
+    """What a map is before negative values are cut off, from the features [B, C_s, H_s, W_s]: float32 [B, *size]."""
     levels = [level.detach().requires_grad_() for level in levels]
     with torch.enable_grad():
         cosines = (model.embed_levels(levels, branch) * texts).sum()
         gradients = torch.autograd.grad(cosines, levels, allow_unused=True)  # no gradient: the branch does not read it
-    total = torch.zeros(len(images), 1, *images.shape[-2:], device=images.device)
+    total = torch.zeros(len(texts), 1, *size, device=texts.device)
     for place, (level, gradient) in enumerate(zip(levels, gradients, strict=True)):
         if gradient is not None:
             change = level.detach().float() - (0 if usual is None else usual[place].to(level.device))
             parts = (gradient.float() * change).sum(dim=1, keepdim=True) * level.shape[-2] * level.shape[-1]
-            total += interpolate(parts, size=images.shape[-2:], mode="bilinear")
-    return relu(total[:, 0])
+            total += interpolate(parts, size=size, mode="bilinear")
+    return total[:, 0]
