@@ -101,7 +101,7 @@ def point(
     boxes: list[Boxes],
     prompts: dict[str, tuple[str, ...]],
     branch: Section,
-    usual: list[Tensor],
+    usual: list[Tensor] | None,
     *,
     workers: int,
     pictures: Path | None = None,
