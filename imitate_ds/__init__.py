@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imitate_ds.hub import PretrainedImitate, load_model
+    from imitate_ds.predictor import Predictor, load_predictor
 
 try:
     __version__ = version("imitate-ds")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["PretrainedImitate", "__version__", "load_model"]
+__all__ = ["Predictor", "PretrainedImitate", "__version__", "load_model", "load_predictor"]
 
 
 def __getattr__(name: str):
@@ -20,4 +21,8 @@ def __getattr__(name: str):
         from imitate_ds import hub
 
         return getattr(hub, name)
+    if name in ("load_predictor", "Predictor"):
+        from imitate_ds import predictor
+
+        return getattr(predictor, name)
     raise AttributeError(f"module 'imitate_ds' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = 2  # a pixel of a mask that nobody has said to be inside or outside
 MISSING_TEXT = frozenset({"", "nan", "none", "n/a", "na", "null", "-", "."})
 
 
@@ -71,3 +72,20 @@ class Losses(NamedTuple):
     image_findings: Tensor
     views_impression: Tensor
     views_findings: Tensor
+
+
+class LabeledBatch(NamedTuple):
+    """One micro-batch of a labelled collection, for fine-tuning and its measurement. L labels, M masks."""
+
+    keys: list[str]
+    images: Tensor  # uint8 [B, 1, H, W]
+    labels: Tensor  # int8 [B, L]: 1, 0, or -1, which no loss and no metric counts
+    masks: Tensor  # uint8 [B, M, H, W]: 1 inside, 0 outside, IGNORED where nobody says; M = 0 where the task needs none
+    boxes: list[Tensor]  # of each image, float32 [n, 4]: x1, y1, x2, y2 in pixels of `images`
+    box_labels: list[Tensor]  # of each image, int64 [n], counted from 0
+    step: int
+
+    def to(self, device: torch.device) -> "LabeledBatch":
+        images, labels, masks = (v.to(device, non_blocking=True) for v in (self.images, self.labels, self.masks))
+        boxes, box_labels = ([v.to(device) for v in several] for several in (self.boxes, self.box_labels))
+        return self._replace(images=images, labels=labels, masks=masks, boxes=boxes, box_labels=box_labels)

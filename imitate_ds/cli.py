@@ -16,8 +16,12 @@ from imitate_ds.run_file import load_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and describe tar shards.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look at collections as they were downloaded, before shards are built."
+)
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure an exported model; writes results.json and report.html.")
 app.add_typer(shards_app, name="shards")
+app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 console, errors = Console(), Console(stderr=True)
 
@@ -150,9 +154,31 @@ def launch(
     raise typer.Exit(launch_plan(plan, dry_run=dry_run))
 
 
+@data_app.command("check")
+def data_check(
+    source: Annotated[str, typer.Argument(help="The name of a source, as shards/README.md lists them.")],
+    root: Annotated[Path | None, typer.Option("--root", help="The collection, as it was downloaded.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="key=value for the source.")] = None,
+    show_names: Annotated[
+        bool, typer.Option("--show-names", help="Print paths of missing files; they can hold ids of patients.")
+    ] = False,
+) -> None:
+    """Count what a collection holds, beside what was published, and name what is missing; status 1 when anything is."""
+    from imitate_ds.data.collection_check import check_collection, check_lines, check_table
+    from imitate_ds.data.sources import open_source
+
+    check = check_collection(open_source(source, root, **_options(option or [])))
+    console.print(check_table(check))
+    for line in check_lines(check, show_names=show_names):
+        _say(line)
+    raise typer.Exit(0 if check.is_whole else 1)
+
+
 @shards_app.command("build")
 def shards_build(
-    source: Annotated[str | None, typer.Argument(help="openi, mimic-cxr, chexpert-plus, table or phantom.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="openi, chexpert, table, ...; shards/README.md lists them all.")
+    ] = None,
     root: Annotated[Path | None, typer.Option("--root", help="The collection, as it was downloaded.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where tars and index.json go.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="shards/*.yaml; what is given here wins.")] = None,
@@ -179,7 +205,10 @@ def shards_build(
         samples_per_shard=plan.samples_per_shard,
     )
     console.print(report_table(report))
-    _say(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa")
+    if collection.has_reports:
+        _say(f"next: imitate-ds shards embed {plan.out} --text-encoder lsa")
+    else:
+        _say(f"{plan.out}: labels, masks or boxes without reports, so there is nothing to embed")
 
 
 @shards_app.command("merge")

@@ -309,6 +309,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def sum_over_ranks_keep_gradient(values: Tensor) -> Tensor:
+    """Like sum_over_ranks, with this rank's share still attached to the graph, so that what is made of the sum is one loss.
+
+    Its gradient is scaled as DeepSpeed's mean over ranks wants it (scale_gradient).
+    """
+    mine = scale_gradient(values, world().size)
+    return sum_over_ranks(values) + (mine - mine.detach())
+
+
 def maximum_over_ranks(values: Tensor) -> Tensor:
     """The largest of each element over ranks, a new tensor, no gradient."""
     largest = values.detach().clone()

@@ -57,9 +57,12 @@ class LabeledAugmentConfig(Section):
 class LabeledDataConfig(Section):
     shards: str = Field(min_length=1)  # a folder made by `imitate-ds shards build`; no text embeddings are needed
     train_split: str = "train"
-    val_split: str = "val"  # chooses the checkpoint
-    test_split: str = "test"  # measured once, at the end
-    train_list: str = ""  # a list of training samples, by `imitate-ds splits make`; "": all of the split
+    val_split: str = "val"  # chooses the checkpoint; "": the last one is taken
+    test_split: str = "test"  # measured once, at the end; "": not at all
+    # Lists of samples, by `imitate-ds splits make`: of a split only those on its list; "": all of it
+    train_list: str = ""
+    val_list: str = ""
+    test_list: str = ""
     input_size: int = Field(default=0, ge=0)  # pixels the encoder sees; 0: as it was pre-trained
     workers: int = Field(default=2, ge=0)  # reading processes per rank
     # What an uncertain label (-1) counts as: for all labels, or by name. As MGCA: {Atelectasis: ones, ...}

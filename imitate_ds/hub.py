@@ -1,39 +1,43 @@
 """What leaves the house: a folder of safetensors and JSON that others can load, and the model that comes back from it."""
 
-import json
 import re
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from imitate_ds.config import ModelConfig, RunConfig
-from imitate_ds.data.radiographs import load_radiograph, prepare_radiograph
 from imitate_ds.data.transforms import eval_view
+from imitate_ds.export_folder import (
+    AGAIN,
+    CARD,
+    CONFIG,
+    PREPROCESSOR,
+    WEIGHTS,
+    find_export,
+    load_square,
+    new_export,
+    read_settings,
+    write_settings,
+)
 from imitate_ds.models.grounding import grounding_maps, sum_levels
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_encoder import TextEncoder, describe_text_encoder, load_text_encoder
 
 FORMAT = "imitate_ds.model/1"
-CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 BACKBONE, TEXT_ENCODER = "image_encoder.safetensors", "text_encoder"
 CARD_FIELDS = ("data", "synthetic", "image_size")
 # what the two files must hold; build_id, train_split and text_encoder are missing in older exports
 SETTINGS = {"preset": str, "impression_text": str, "temperature": float | int, "text_width": int, "input_size": int}
 SETTINGS |= {"data": str, "synthetic": bool, "model": dict}
 SIZES = {"image_size": int, "input_size": int}
-AGAIN = "copy the export again, or export the run again"
 HOW = "a run exports at its end to runs/NAME/export (finish it with --set train.resume=true)"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 LSA_LICENCE = """`text_encoder/terms.json` holds words and pairs of words that occur in the training reports, so this folder
 falls under the licence of the training data.
@@ -124,7 +128,7 @@ class PretrainedImitate:
         if isinstance(images, (str, Path)):
             raise ValueError("images: must be a list of files, not one; write [file]")
         size = self.preprocessing["image_size"]
-        squares = [_square(path, size, place) for place, path in enumerate(images, start=first)]
+        squares = [load_square(path, size, place) for place, path in enumerate(images, start=first)]
         return torch.stack([eval_view(square[None], self.input_size) for square in squares])
 
     @torch.no_grad()
@@ -292,10 +296,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
 
     Raises FileNotFoundError when there is no such export, ValueError when it is not one that this version reads.
     """
-    root = _find_export(folder)
-    settings, preprocessing = _read_json(root / CONFIG), _read_json(root / PREPROCESSOR)
-    if settings.get("format") != FORMAT:
-        raise ValueError(f"{root / CONFIG}: format = {settings.get('format')!r}: must be {FORMAT!r}")
+    root = find_export(folder, how=HOW)
+    settings, preprocessing = read_settings(root, FORMAT)
     for name, content, wanted in ((CONFIG, settings, SETTINGS), (PREPROCESSOR, preprocessing, SIZES)):
         if lacking := [key for key, kind in wanted.items() if not isinstance(content.get(key), kind)]:
             raise ValueError(f"{root / name}: lacks {', '.join(lacking)}; {AGAIN}")
@@ -315,49 +317,6 @@ def _check_branch(branch: str) -> None:
     """Of the branches that meet text."""
     if branch not in get_args(Section):
         raise ValueError(f"branch = {branch!r}: must be 'impression' or 'findings'")
-
-
-def _find_export(folder: str | Path) -> Path:
-    root = Path(folder)
-    if not root.is_dir():
-        # a mistyped path below a folder that is here is no name at the hub
-        if not HUB_ID.fullmatch(str(folder)) or Path(root.parts[0]).exists():
-            raise FileNotFoundError(f"{root}: no such folder; {HOW}")
-        root = _download(str(folder))
-    for name in (CONFIG, WEIGHTS, PREPROCESSOR):
-        if not (root / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}, so not an export; {HOW}")
-    return root
-
-
-def _download(name: str) -> Path:
-    try:
-        safe = ["*.safetensors", "*.json", "*.txt", "*.md"]  # never a pickle
-        return Path(snapshot_download(name, allow_patterns=safe))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such folder, and the hub gave no model of that name ({type(error).__name__}); {HOW}"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}; {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, found {type(content).__name__}; {AGAIN}")
-    return content
-
-
-def _square(path: str | Path, size: int, place: int) -> Tensor:
-    """A file as uint8 [size, size]; errors name its place in the list."""
-    try:
-        return torch.from_numpy(prepare_radiograph(load_radiograph(path), size))
-    except OSError as error:
-        raise OSError(error.errno, f"images[{place}]: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"images[{place}]: {error}") from None
 
 
 @torch.no_grad()
@@ -380,37 +339,20 @@ def _write_export(
     text_encoder_folder: Path | None,
     card: str,
 ) -> None:
-    """Write beside the target and rename at the end, so that a killed export leaves the old one, or none."""
-    folder = folder.resolve()  # "." has no name
-    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not an export; name another folder, or remove it")
-    scratch = secrets.token_hex(4)  # two nodes may write the same export
-    part = folder.with_name(f".{folder.name}.part-{scratch}")
     # one entry: safetensors writes several in random order, and equal models are to be equal files
     metadata = {"synthetic": str(settings["synthetic"]).lower()}
-    part.mkdir(parents=True)
-    try:
-        state = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in model.state_dict().items()
-            if not name.startswith("temperature.")  # a number in CONFIG, learned or not
-        }
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("temperature.")  # a number in CONFIG, learned or not
+    }
+    with new_export(folder) as part:
         save_file(state, part / WEIGHTS, metadata=metadata)
         save_file(_timm_state(model), part / BACKBONE, metadata={"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        (part / PREPROCESSOR).write_text(json.dumps(preprocessing, indent=2) + "\n")
+        write_settings(part, settings, preprocessing)
         (part / CARD).write_text(card)
         if text_encoder_folder is not None:
             shutil.copytree(text_encoder_folder, part / TEXT_ENCODER)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{scratch}")
-            folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _timm_state(model: ImitateModel) -> dict[str, Tensor]:

@@ -112,8 +112,7 @@ class Pretraining(Plan):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entrance of every rank."""
-    run_entrance("imitate_ds.pretrain", __doc__, load_run_config, pretrain, arguments)
+    run_entrance("pretrain", __doc__, load_run_config, pretrain, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
-from imitate_ds.config import RunConfig
+from imitate_ds.config import RunConfig, TrainConfig
 from imitate_ds.data.loader import build_train_plan, open_train_folders
 from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.data.shard_plan import PLAN
@@ -50,20 +50,20 @@ def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
     if config.data.val_split and config.train.eval_every:
         _check_val_split(config, folders)
     info = text_info(folders[0])
-    global_batch_size = _global_batch_size(config, checkpoint)
-    plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=global_batch_size)
+    batch_size = global_batch_size(config.train, checkpoint)
+    plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=batch_size)
     total = plan.steps_per_epoch * config.train.epochs
     total = min(total, config.train.max_steps or total)
-    horizon = Horizon(plan.samples, global_batch_size, plan.steps_per_epoch, total)
+    horizon = Horizon(plan.samples, batch_size, plan.steps_per_epoch, total)
     policy = batch_norm_policy(config.train, training_device())
     return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count())
 
 
-def _global_batch_size(config: RunConfig, checkpoint: Path | None) -> int:
-    """Of the run: as many studies a step as it began with, whatever the number of ranks is now."""
+def global_batch_size(train: TrainConfig, checkpoint: Path | None) -> int:
+    """Of the run: as many samples a step as it began with, whatever the number of ranks is now."""
     ranks = world().size
-    wanted = config.train.studies_of(ranks)
-    if checkpoint and not config.train.global_batch_size:
+    wanted = train.studies_of(ranks)
+    if checkpoint and not train.global_batch_size:
         wanted = read_state(checkpoint)["identity"]["global batch size"]
     if wanted < 2 * ranks:
         raise ValueError(

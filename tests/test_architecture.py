@@ -18,9 +18,11 @@ MAY_IMPORT = {
     "heads": {"batch"},
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed", "flight", "run_file"},
-    "hub": {"batch", "config", "models", "data.radiographs", "data.transforms"},
+    "export_folder": {"data.radiographs"},
+    "hub": {"batch", "config", "export_folder", "models", "data.radiographs", "data.transforms"},
+    "predictor": {"batch", "config", "data.transforms", "export_folder", "finetune_config", "heads", "hub", "models"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
-    "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics", "run_file"},
+    "evaluation": {"batch", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "launch", "cli"}
@@ -39,8 +41,9 @@ ONLY_IN = {
     "typer": {"cli"},
     "timm": {"models"},
     "transformers": {"models"},
-    "safetensors": {"hub", "data.text_cache", "models", "training.tensor_files"},
-    "huggingface_hub": {"hub", "models"},
+    "pyarrow": {"evaluation.predictions"},
+    "safetensors": {"hub", "predictor", "data.text_cache", "models", "training.tensor_files"},
+    "huggingface_hub": {"export_folder", "models"},
     "segmentation_models_pytorch": {"heads"},
     "pickle": set(),
 }

@@ -88,3 +88,21 @@ def test_check_leak_tells_by_its_status(monkeypatch, capsys, phantom_shards, tmp
     assert status == 1
     assert "samples of B leak" in out
     assert pairs.read_text().startswith("kind,")
+
+
+def test_data_check_tells_by_its_status(monkeypatch, capsys, tmp_path):
+    (tmp_path / "table.csv").write_text("image,patient,class,split\na.png,p1,mass,train\nb.png,p2,normal,val\n")
+    arguments = ["data", "check", "table", "--root", str(tmp_path)]
+    status, out, _ = _run(monkeypatch, capsys, *arguments)
+    assert status == 1
+    assert "label mass" in out
+    assert "train: 1 files that its tables name are not there, or empty: " in out
+    assert "a.png" not in out
+    assert str(tmp_path / "a.png") in _run(monkeypatch, capsys, *arguments, "--show-names")[1]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(b"pixels")
+    status, out, _ = _run(monkeypatch, capsys, *arguments)
+    assert (status, out.splitlines()[-1]) == (0, "table: whole")
+    status, _, err = _run(monkeypatch, capsys, "data", "check", "chexpert", "--root", str(tmp_path))
+    assert status == 2
+    assert err.startswith(f"imitate-ds: {tmp_path}: no train.csv; expected")

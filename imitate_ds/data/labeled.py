@@ -4,8 +4,10 @@ What a batch holds is a function of seed and step, the same for any number of ra
 say nothing about the task are counted, and a damaged one stops the run, for a figure over most of a split is none of the split.
 """
 
+import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,10 +23,10 @@ from torchvision.transforms import v2
 
 from imitate_ds.batch import IGNORED, LabeledBatch
 from imitate_ds.data.loader import VERIFY, view_seed
-from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at, read_meta
+from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at, read_metas
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.shard_reader import ShardReader
-from imitate_ds.data.shard_sample import error_rule
+from imitate_ds.data.shard_sample import MASK, error_rule
 from imitate_ds.data.worker_processes import in_workers
 from imitate_ds.finetune_config import LabeledAugmentConfig, LabeledDataConfig, TaskConfig
 
@@ -32,8 +34,7 @@ UNKNOWN = -2  # a label that a study does not say anything about; -1 is uncertai
 OUTSIDE, UNSAID = (
     63,
     191,
-)  # grey levels of a stored mask: below, outside; above the second, inside; between, nobody says
-MASK = ".mask.png"
+)  # grey levels of a stored mask: up to, outside; above the second, inside; between, nobody says
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ class LabeledSplit:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result file says about the data: enough to tell whether two results are of the same samples."""
+        keys = "\n".join(sorted(self.keys)).encode()
+        return {
+            "source": self.index.source,
+            "synthetic": self.index.synthetic,
+            "build_id": self.index.build_id,
+            "split": self.split,
+            "split_hash": hashlib.sha256(keys).hexdigest()[:16],
+            "samples": len(self.keys),
+            "patients": len(np.unique(self.patients)),
+            "not_annotated": self.not_annotated,
+        }
 
     def only(self, keys: Sequence[str]) -> "LabeledSplit":
         """Those of a list of keys, in index order."""
@@ -99,8 +114,7 @@ def open_labeled(index: ShardIndex, split: str, task: TaskConfig, data: LabeledD
     row = 0
     for shard in index.of_split(split):
         stored = _mask_places(index, shard) if task.kind == "segmentation" else {}
-        for member in shard.members:
-            meta = read_meta(index.root, shard, member)
+        for member, meta in read_metas(index, shard):
             if (annotation := _annotation(meta, task, targets, data, stored.get(member.key, {}))) is not None:
                 found.add(row, member.key, member.patient, *annotation)
             row += 1
@@ -231,9 +245,8 @@ class _LabeledSet(Dataset):
         keys = [self.split.keys[place] for place, _ in request.samples]
         labels = torch.from_numpy(self.split.labels[[place for place, _ in request.samples]])
         images, masks, boxes, box_labels = zip(*samples, strict=True)
-        return LabeledBatch(
-            keys, torch.stack(images), labels, torch.stack(masks), list(boxes), list(box_labels), request.step
-        )
+        several = [[value.numpy() for value in values] for values in (boxes, box_labels)]
+        return LabeledBatch(keys, torch.stack(images), labels, torch.stack(masks), *several, request.step)  # type: ignore[arg-type]
 
     def _sample(self, place: int, visit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         key = self.split.keys[place]
@@ -243,8 +256,10 @@ class _LabeledSet(Dataset):
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {key}: {error_rule(error)}; {VERIFY}") from error
         boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(self.split.boxes[place]), format="XYXY", canvas_size=tuple(image.shape[-2:])
-        )  # type: ignore[call-overload]
+            torch.from_numpy(self.split.boxes[place]),  # type: ignore[call-overload]
+            format="XYXY",
+            canvas_size=(image.shape[-2], image.shape[-1]),
+        )
         whole = {
             "image": tv_tensors.Image(image),
             "masks": tv_tensors.Mask(masks),
@@ -277,29 +292,50 @@ class _LabeledSet(Dataset):
         return [(shard, _mask_places(self.split.index, shard)) for shard in shards]
 
 
+class LabeledBatches:
+    """A rank's batches, in order. None is skipped: a damaged sample stops the run."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+        self.skipped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[LabeledBatch]:
+        return (
+            batch._replace(boxes=_tensors(batch.boxes), box_labels=_tensors(batch.box_labels)) for batch in self._loader
+        )
+
+
+def _tensors(arrays: list[Any]) -> list[Tensor]:
+    """What came through the pipe by value: a tensor costs two handshakes, 1 ms, of which a batch would need a hundred."""
+    return [torch.from_numpy(array) for array in arrays]
+
+
 def build_labeled_loader(
     split: LabeledSplit, order: Order, augment: LabeledAugmentConfig, *, input_size: int, workers: int, seed: int,
     rank: int = 0, world_size: int = 1, steps: range,
-) -> DataLoader:  # fmt: skip
+) -> LabeledBatches:  # fmt: skip
     """This rank's share of the training batches of `steps`."""
     samples = _LabeledSet(split, _train_views(augment, input_size), seed)
-    return in_workers(samples, workers, _Requests(order, rank, world_size, steps))
+    return LabeledBatches(in_workers(samples, workers, _Requests(order, rank, world_size, steps)))
 
 
 def build_scoring_loader(
     split: LabeledSplit, *, input_size: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+) -> LabeledBatches:
     """Every sample once, unchanged; rank r has the r-th contiguous part.
 
     All ranks get the same number of batches of the same sizes, so that collectives match: the last sample is repeated to fill
-    up, and whoever gathers drops repeats by key. A masks stays at the size of the encoder's input.
+    up, and whoever gathers drops repeats by key. Masks have the size of the encoder's input.
     """
     share = -(-len(split) // world_size)
     mine = [(min(rank * share + i, len(split) - 1), 0) for i in range(share)]
     requests = [
         _Request(start // batch_size, mine[start : start + batch_size]) for start in range(0, share, batch_size)
     ]
-    return in_workers(_LabeledSet(split, _fitted(input_size), 0), workers, requests)
+    return LabeledBatches(in_workers(_LabeledSet(split, _fitted(input_size), 0), workers, requests))
 
 
 def _fitted(input_size: int) -> v2.Transform:
@@ -309,7 +345,7 @@ def _fitted(input_size: int) -> v2.Transform:
 def _train_views(augment: LabeledAugmentConfig, input_size: int) -> v2.Transform:
     """Moved and shaded, boxes that have left the image or shrunk to less than two pixels taken out."""
     move = v2.RandomAffine(
-        degrees=augment.rotation,
+        degrees=(-augment.rotation, augment.rotation),
         translate=(augment.translation, augment.translation),
         scale=(1 - augment.scale, 1 + augment.scale),
         interpolation=v2.InterpolationMode.BILINEAR,

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ BORDER_TOLERANCE = 3  # grey levels: what JPEG makes of a flat border
 PERCENTILES = (0.1, 99.9)  # of the pixels, where nothing says which values to show; a few hot pixels do not count
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # red, green and blue in a grey, as Pillow has it
 DICOM_SUFFIXES = (".dcm", ".dicom")
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax Deflated Explicit VR Little Endian
+HEADER_BYTES = 2**16  # more than the part of a DICOM file that names its transfer syntax
 # Segments of a JPEG or JPEG-LS stream: those that hold the size, those before the pixels, and the one that starts them
 JPEG_SIZES = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
 JPEG_SEGMENTS = JPEG_SIZES | {*range(0xFFE0, 0xFFF0), 0xFFC4, 0xFFDB, 0xFFDD, 0xFFF8, 0xFFFE}
@@ -41,6 +44,14 @@ DAMAGE = (
 
 class _Refused(ValueError):
     """Our own reason why an image is no radiograph: the only message about a file that may be shown."""
+
+
+class DicomHeader(NamedTuple):
+    """What a DICOM file says before its pixels; patient_id is "" where it is absent or blank, and goes into no message."""
+
+    patient_id: str
+    height: int
+    width: int
 
 
 class ContentBox(NamedTuple):
@@ -69,6 +80,26 @@ def load_radiograph(path: str | Path) -> np.ndarray:
     if data[128:132] == b"DICM" or Path(path).suffix.lower() in DICOM_SUFFIXES:
         return _decode_dicom(data)
     return decode_radiograph(data)
+
+
+def read_dicom_header(path: str | Path) -> DicomHeader:
+    """Patient and size of a DICOM file, read without its pixels; raises as load_radiograph does."""
+    pydicom = _pydicom()
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            start = file.read(HEADER_BYTES)
+            if DEFLATED in start:
+                _check_inflated_size(start + file.read(MAX_FILE_BYTES))
+            file.seek(0)
+            tags = ["PatientID", "Rows", "Columns"]
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+            return DicomHeader(str(dataset.get("PatientID") or "").strip(), int(dataset.Rows), int(dataset.Columns))
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or "the image file cannot be read") from None
+    except _Refused:
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"damaged DICOM file ({type(error).__name__})") from None
 
 
 def decode_radiograph(data: bytes) -> np.ndarray:
@@ -152,12 +183,9 @@ def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _decode_dicom(data: bytes) -> np.ndarray:
     """Modality LUT, then VOI LUT, window or percentiles, then MONOCHROME1 turned over, as DICOM PS3.3 C.11 orders them."""
-    if find_spec("pydicom") is None:
-        raise ModuleNotFoundError("reading DICOM needs pydicom: pip install 'imitate-ds[dicom]'", name="pydicom")
-    import pydicom
+    pydicom = _pydicom()
     from pydicom.errors import BytesLengthException
 
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings, logged and raised, quote header values
     try:
         with warnings.catch_warnings(action="ignore"):
             _check_inflated_size(data)
@@ -172,12 +200,21 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         raise ValueError(f"damaged DICOM file ({type(error).__name__})") from None
 
 
+def _pydicom() -> ModuleType:
+    if find_spec("pydicom") is None:
+        raise ModuleNotFoundError("reading DICOM needs pydicom: pip install 'imitate-ds[dicom]'", name="pydicom")
+    import pydicom
+
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings, logged and raised, quote header values
+    return pydicom
+
+
 def _check_inflated_size(data: bytes) -> None:
     """A megabyte of deflated zeros is a gigabyte, and dcmread inflates all of it."""
     from pydicom.filereader import read_dataset, read_preamble
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    if DeflatedExplicitVRLittleEndian.encode() not in data:
+    if DEFLATED not in data:
         return
     file = io.BytesIO(data)
     read_preamble(file, force=True)

@@ -54,6 +54,8 @@ class ShardIndex:
     labels: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
     fingerprint: str = ""  # of what the build was made from
+    masks: tuple[str, ...] = ()  # names of the masks that samples have
+    boxes: tuple[str, ...] = ()  # labels of their boxes
     store: ShardStore | None = field(
         default=None, repr=False, compare=False
     )  # where missing files come from, if remote
@@ -133,10 +135,11 @@ def build_id(shards: tuple[ShardEntry, ...]) -> str:
     return hashlib.sha256("".join(f"{shard.name} {shard.sha256}\n" for shard in shards).encode()).hexdigest()
 
 
-def read_meta(root: Path, shard: ShardEntry, member: Member) -> dict:
-    """The JSON values of one sample. Raises ValueError where the tar ends before them."""
-    with (root / shard.name).open("rb") as file:
-        return json.loads(read_at(file, shard, member.meta_offset, member.meta_size))
+def read_metas(index: ShardIndex, shard: ShardEntry) -> Iterator[tuple[Member, dict]]:
+    """The JSON values of every sample of one shard, in order. Raises ValueError where the tar ends before them."""
+    with index.fetch(shard.file).open("rb") as file:
+        for member in shard.members:
+            yield member, json.loads(read_at(file, shard, member.meta_offset, member.meta_size))
 
 
 def read_samples(index: ShardIndex, split: str) -> Iterator[tuple[Member, bytes, dict]]:
@@ -218,8 +221,8 @@ def _check_values(values: dict) -> None:
     header = {"source": str, "synthetic": bool, "image_size": int, "build_id": str, "labels": list, "members": dict}
     if not all(isinstance(values[name], kind) for name, kind in header.items()):
         raise TypeError("the header is not what it should be")
-    if not all(isinstance(label, str) for label in values["labels"]):
-        raise TypeError("labels are texts")
+    if not all(isinstance(name, str) for kind in ("labels", "masks", "boxes") for name in values.get(kind, ())):
+        raise TypeError("names of labels, masks and boxes are texts")
 
 
 def _members(root: Path, values: dict) -> MemberTable:
@@ -251,6 +254,8 @@ def _index(root: Path, values: dict, members: MemberTable) -> ShardIndex:
         labels=tuple(values["labels"]),
         shards=tuple(shards),
         fingerprint=values.get("fingerprint", ""),
+        masks=tuple(values.get("masks", ())),  # older builds do not say
+        boxes=tuple(values.get("boxes", ())),
     )
 
 

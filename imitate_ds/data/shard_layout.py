@@ -47,7 +47,7 @@ def plan_layout(source: Source, *, image_size: int, samples_per_shard: int) -> L
     studies = list(source)
     _check_splits(source.name, studies)
     _check_keys(source.name, studies)
-    usable, report = _select(studies)
+    usable, report = _select(studies, text_needed=source.has_reports)
     if not usable:
         raise ValueError(f"source {source.name}: none of {len(studies)} studies is usable: {_counts(report)}")
     tasks: list[ShardTask] = []
@@ -91,12 +91,12 @@ def _check_keys(source: str, studies: list[Study]) -> None:
         )
 
 
-def _select(studies: list[Study]) -> tuple[list[Study], dict]:
+def _select(studies: list[Study], *, text_needed: bool) -> tuple[list[Study], dict]:
     usable: list[Study] = []
     dropped_studies: Counter[str] = Counter()
     dropped_images: Counter[str] = Counter()
     for study in studies:
-        if _sections(study) == "none":
+        if text_needed and _sections(study) == "none":
             dropped_studies[NO_TEXT] += 1
             continue
         dropped_images.update(i.view_position for i in study.radiographs if i.view_position != "frontal")

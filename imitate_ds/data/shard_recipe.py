@@ -10,7 +10,7 @@ from imitate_ds.run_file import load_yaml
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    source: str  # openi, mimic-cxr, chexpert-plus, table or phantom
+    source: str  # a name in sources.SOURCES
     out: Path  # the shard folder to write
     root: Path | None = None  # where the collection was downloaded to; the phantom needs none
     image_size: int = 256

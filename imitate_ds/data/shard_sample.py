@@ -11,6 +11,7 @@ from imitate_ds.data.radiographs import ContentBox, content_box, fit_square
 from imitate_ds.data.sources.base import RadiographRef, Study
 
 JPEG_QUALITY = 95
+MASK = ".mask.png"  # what the name of a mask's file ends in, after the key and its own name
 SYNTHETIC = "synthetic phantom"  # a comment in every picture that is no real radiograph, wherever it goes alone
 
 
@@ -18,16 +19,17 @@ def encode_sample(study: Study, image: RadiographRef, size: int, *, synthetic: b
     """The picture files of a sample by their suffix, and its JSON values.
 
     The radiograph is prepared as prepare_radiograph does; masks and boxes go with it into the same square. Raises
-    ValueError where the radiograph or a mask is damaged, and OSError where it cannot be read.
+    ValueError where the radiograph or a mask is damaged or a box lies outside it, and OSError where it cannot be read.
     """
     pixels = image.read()
+    _check_boxes(study.extra.get("boxes"), *pixels.shape)
     content = content_box(pixels)
     files = {"jpg": _jpeg(fit_square(pixels, content, size), synthetic)}
     for name, read in study.masks.items():
         mask = read()
         if mask.shape != pixels.shape:
             raise ValueError("mask and radiograph differ in size")
-        files[f"{name}.mask.png"] = _png(fit_square(mask, content, size, nearest=True), synthetic)
+        files[f"{name}{MASK}"] = _png(fit_square(mask, content, size, nearest=True), synthetic)
     return files, _meta(study, image, content, size) | {"synthetic": synthetic}
 
 
@@ -58,7 +60,9 @@ def _meta(study: Study, image: RadiographRef, content: ContentBox, size: int) ->
     """Ids and text live here, inside the tar, and nowhere else."""
     extra = dict(study.extra)
     if isinstance(boxes := extra.get("boxes"), list):
-        extra["boxes"] = [_placed(box, content, size) for box in boxes]
+        placed = [_placed(box, content, size) for box in boxes]
+        # One in the border that is cropped has nothing left, and a detector cannot learn from it.
+        extra["boxes"] = [box for box in placed if box["width"] and box["height"]]
     return {
         "findings": "" if is_missing(study.findings) else study.findings,
         "impression": "" if is_missing(study.impression) else study.impression,
@@ -70,6 +74,16 @@ def _meta(study: Study, image: RadiographRef, content: ContentBox, size: int) ->
         "labels": study.labels,
         "extra": extra,
     }
+
+
+def _check_boxes(boxes: object, height: int, width: int) -> None:
+    """Less than a pixel over the edge is rounding, and is cut off; more says that a box is of another image or size."""
+    for box in boxes if isinstance(boxes, list) else ():
+        x, y, x_end, y_end = box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
+        if not (x > -1 and y > -1 and x_end < width + 1 and y_end < height + 1):
+            raise ValueError("a box reaches out of the radiograph")
+        if not (x < x_end and y < y_end):
+            raise ValueError("a box has no area")
 
 
 def _placed(box: dict, content: ContentBox, size: int) -> dict:

@@ -42,7 +42,7 @@ from imitate_ds.data.shard_index import (
     write_atomic,
 )
 from imitate_ds.data.shard_layout import Layout, ShardTask, frontal_pairs, plan_layout
-from imitate_ds.data.shard_sample import encode_sample, error_rule
+from imitate_ds.data.shard_sample import MASK, encode_sample, error_rule
 from imitate_ds.data.shard_stats import shard_stats
 from imitate_ds.data.shard_verify import verify_shards
 from imitate_ds.data.sources.base import Source
@@ -150,10 +150,10 @@ def _write_index(out: Path, plan: dict, notes: list[dict], report: dict) -> None
     shards = [note["shard"] for note in notes if note["shard"]]
     tables = [table_of([Member(*member) for member in shard.pop("members")]) for shard in shards]
     members = table_bytes(tables)
-    labels = sorted({label for note in notes for label in note["labels"]})
+    named = {kind: sorted({name for note in notes for name in note[kind]}) for kind in ("labels", "masks", "boxes")}
     entries = (ShardEntry(**shard, members=table) for shard, table in zip(shards, tables, strict=True))
     values = {"format": FORMAT, **plan["header"], "build_id": build_id(tuple(entries))}
-    values |= {"fingerprint": plan["fingerprint"], "labels": labels, "shards": shards, "report": report}
+    values |= {"fingerprint": plan["fingerprint"], **named, "shards": shards, "report": report}
     values |= {"members": {"bytes": len(members), "sha256": hashlib.sha256(members).hexdigest()}}
     write_atomic(out / MEMBERS, members)
     write_atomic(out / INDEX, json.dumps(values).encode())
@@ -225,9 +225,10 @@ def _end_with_parent() -> None:
 
 
 def _write_shard(task: ShardTask, out: Path) -> dict:
-    """Write one tar, then its note: the index entry, the labels met, the images that could not be read."""
+    """Write one tar, then its note: the index entry, the annotations met, the images that could not be read."""
     unreadable: dict[str, str] = {}
     metas: list[dict] = []
+    masks: set[str] = set()
     checksums: list[tuple[int, int]] = []
     scratch = out / BUILDING / f"{task.name}.{secrets.token_hex(4)}"
     with scratch.open("wb") as file:
@@ -244,6 +245,7 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
                     raise OSError(error.errno or errno.EIO, reason) from None
                 written = json.dumps(meta, sort_keys=True).encode()
                 metas.append(meta)
+                masks |= {name.removesuffix(MASK) for name in files if name.endswith(MASK)}
                 checksums.append((crc32(files["jpg"]), crc32(written)))
                 tar.write({"__key__": key, "json": written, **files})
         file.flush()
@@ -251,8 +253,10 @@ def _write_shard(task: ShardTask, out: Path) -> dict:
     shard = _entry(scratch, task, metas, checksums) if metas else None
     if shard:
         scratch.replace(out / task.name)
-    labels = sorted({label for meta in metas for label in meta["labels"]})
-    note = {"shard": shard, "labels": labels, "studies": len(task.studies), "unreadable": unreadable}
+    note = {"shard": shard, "studies": len(task.studies), "unreadable": unreadable}
+    note["labels"] = sorted({label for meta in metas for label in meta["labels"]})
+    note["boxes"] = sorted({box["label"] for meta in metas for box in meta["extra"].get("boxes", [])})
+    note["masks"] = sorted(masks)
     write_atomic(_note(out, task.name), json.dumps(note).encode())
     return note
 

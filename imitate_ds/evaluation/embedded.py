@@ -16,7 +16,7 @@ from torch import Tensor
 from imitate_ds.batch import is_missing
 from imitate_ds.data.loader import build_eval_loader
 from imitate_ds.data.reports import plain_words
-from imitate_ds.data.shard_index import ShardIndex, read_meta
+from imitate_ds.data.shard_index import ShardIndex, read_metas
 from imitate_ds.data.text_cache import load_text_cache, text_info
 from imitate_ds.hub import ImageEmbeddings, PretrainedImitate
 
@@ -89,8 +89,7 @@ def read_split(index: ShardIndex, split: str) -> SplitRecords:
     keys, patients, labels = [], [], []
     findings, impression = [], []
     for shard in index.of_split(split):
-        for member in shard.members:
-            meta = read_meta(index.root, shard, member)
+        for member, meta in read_metas(index, shard):
             keys.append(member.key)
             patients.append(member.patient)
             labels.append([meta["labels"].get(name, UNKNOWN) for name in index.labels])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imitate_ds.batch import Batch
 from imitate_ds.data.loader import build_eval_loader
-from imitate_ds.data.shard_index import ShardIndex, read_meta
+from imitate_ds.data.shard_index import ShardIndex, read_metas
 from imitate_ds.evaluation.embedded import SplitRecords
 from imitate_ds.evaluation.prompt_file import PromptFile
 from imitate_ds.evaluation.prompts import prompts_for
@@ -43,9 +43,9 @@ def read_boxes(records: SplitRecords) -> list[Boxes]:
     """The boxes of every sample of a split, in index order. Raises ValueError where there is none at all."""
     found: list[Boxes] = []
     for shard in records.index.of_split(records.split):
-        for member in shard.members:
+        for _, meta in read_metas(records.index, shard):
             boxes: Boxes = {}
-            for box in read_meta(records.index.root, shard, member)["extra"].get("boxes") or []:
+            for box in meta["extra"].get("boxes") or []:
                 boxes.setdefault(box["label"], []).append(box)
             found.append(boxes)
     if not any(found):

@@ -19,8 +19,9 @@ from imitate_ds.data.shard_index import write_atomic
 
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
 RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
-MEASURES = {"auroc": "AUROC", "ap": "AP", "f1": "F1", "accuracy": "accuracy", "blind_accuracy": "best fixed answer"}
-MEASURES |= {"pointing": "pointing game", "chance_pointing": "random pixel", "blind_pointing": "best fixed pixel"}
+MEASURES = {"auroc": "AUROC", "ap": "AP", "ap50": "AP50", "f1": "F1", "accuracy": "accuracy", "dice": "Dice"}
+MEASURES |= {"blind_accuracy": "best fixed answer", "pointing": "pointing game"}
+MEASURES |= {"chance_pointing": "random pixel", "blind_pointing": "best fixed pixel"}
 LABEL_METRIC = re.compile(
     rf"(?:(?P<share>[^/]+%)/)?(?P<measure>{'|'.join(MEASURES)})(?:(?P<macro>_macro)|/(?P<label>.+))?"
 )

@@ -9,7 +9,8 @@ import torch
 from imitate_ds.data.shard_index import ShardIndex, file_sha256, load_index
 from imitate_ds.evaluation.embedded import SplitRecords, embed_radiographs, read_split
 from imitate_ds.evaluation.report import open_out, write_result
-from imitate_ds.hub import WEIGHTS, ImageEmbeddings, PretrainedImitate, load_model
+from imitate_ds.export_folder import WEIGHTS
+from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, load_model
 from imitate_ds.metrics import DRAWS, SEED, Figures
 
 Protocol = Literal["strict", "reference"]

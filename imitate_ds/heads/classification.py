@@ -28,8 +28,8 @@ class ClassificationHead(nn.Module):
         """Logits [B, classes]."""
         return self.layers(levels[-1].mean(dim=(2, 3)))
 
-    def loss(self, logits: Tensor, batch: LabeledBatch) -> dict[str, Tensor]:
-        """Mean cross entropy over the labels that are known (1 or 0), or of the classes that hold."""
+    def sums(self, logits: Tensor, batch: LabeledBatch) -> dict[str, Tensor]:
+        """Cross entropy over the labels that are known (1 or 0), or over the samples of which one class holds; their number."""
         logits, labels = logits.float(), batch.labels
         if self.exclusive:
             known = (labels == 1).sum(dim=1) == 1
@@ -37,7 +37,11 @@ class ClassificationHead(nn.Module):
         else:
             known = labels >= 0
             each = binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
-        return {"loss": torch.where(known, each, 0.0).sum() / known.sum().clamp(min=1)}
+        return {"entropy": torch.where(known, each, 0.0).sum(), "known": known.sum().float()}
+
+    def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of them."""
+        return {"loss": sums["entropy"] / sums["known"].clamp(min=1)}
 
     def predict(self, logits: Tensor) -> Tensor:
         """Probabilities [B, classes]."""

@@ -58,18 +58,24 @@ class DetectionHead(nn.Module):
         maps = list(self.fpn({str(i): level for i, level in enumerate(self.pyramid(levels))}).values())
         return _Outputs(size, maps, {name: value.float() for name, value in self.detector.head(maps).items()})
 
-    def loss(self, outputs: _Outputs, batch: LabeledBatch) -> dict[str, Tensor]:
-        """The terms of the detector, and their sum."""
-        targets = [
-            {"boxes": boxes.to(outputs.maps[0].device).float(), "labels": labels}
-            for boxes, labels in zip(batch.boxes, batch.box_labels, strict=True)
-        ]
+    def sums(self, outputs: _Outputs, batch: LabeledBatch) -> dict[str, Tensor]:
+        """The terms of the detector, each normalised within its image, and the number of images."""
         anchors = self._anchors(outputs)
         more = (self._anchors_by_level(outputs),) if isinstance(self.detector, FCOS) else ()
-        terms: dict[str, Any] = self.detector.compute_loss(targets, outputs.heads, anchors, *more)
+        each = []
+        for i, (boxes, labels) in enumerate(zip(batch.boxes, batch.box_labels, strict=True)):
+            heads = {name: value[i : i + 1] for name, value in outputs.heads.items()}
+            target: dict[str, Any] = {"boxes": boxes.float(), "labels": labels}
+            each.append(self.detector.compute_loss([target], heads, anchors[i : i + 1], *more))
         # Without boxes a term reaches no parameter, but all ranks must have all gradients.
         nothing = sum(0 * value.sum() for value in outputs.heads.values())
-        return {"loss": torch.stack(list(terms.values())).sum() + nothing, **terms}
+        sums = {name: torch.stack([terms[name] for terms in each]).sum() + nothing for name in each[0]}
+        return {**sums, "images": nothing.new_tensor(len(each))}  # type: ignore[union-attr]
+
+    def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over images of each term, and their sum."""
+        terms = {name: value / sums["images"] for name, value in sums.items() if name != "images"}
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
     def predict(self, outputs: _Outputs) -> list[Found]:
         """Boxes of each image, the surest first."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Pyramid(nn.Module):
     """S levels of a ViT [B, C, h, w] become maps of 4, 2, 1, 1/2, ... times their side; levels that halve already stay.
 
-    `reductions` says how many pixels of the image a side of the cells takes. Levels whose cells are smaller than `finest` are left
-    out, but for the last; `channels` and `reductions` then say it of those that stay.
+    `reductions` says how many pixels of the image a side of the cells takes. Levels whose cells are smaller than `finest`
+    are left out, but for the last; `channels` and `reductions` then say it of those that stay.
     """
 
     def __init__(self, channels: Sequence[int], reductions: Sequence[int], *, finest: int = 0):

@@ -51,12 +51,19 @@ class SegmentationHead(nn.Module):
         logits = self.classifier(self.decoder([half, *levels]))
         return interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
-    def loss(self, logits: Tensor, batch: LabeledBatch) -> dict[str, Tensor]:
-        """10 focal(gamma 2) - log soft Dice, each the mean over masks; what is IGNORED does not count."""
+    def sums(self, logits: Tensor, batch: LabeledBatch) -> dict[str, Tensor]:
+        """Of known pixels; what is IGNORED does not count."""
         known, inside = batch.masks != IGNORED, (batch.masks == 1).float()
-        focal = _focal(logits, inside, known)
-        dice = _log_dice(logits, inside, known)
-        return {"loss": FOCAL_WEIGHT * focal + dice, "focal": focal, "log_dice": dice}
+        share, inside = torch.where(known, logits.sigmoid(), 0.0), torch.where(known, inside, 0.0)
+        focal = torch.where(known, _focal(logits, inside), 0.0).sum()
+        common, sizes = (x.sum(dim=(0, 2, 3)) for x in (share * inside, share + inside))
+        return {"focal": focal, "known": known.sum().float(), "common": common, "sizes": sizes}
+
+    def combine(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """10 focal(gamma 2) - log soft Dice: the mean over pixels, and over masks of their Dice in the whole batch."""
+        focal = sums["focal"] / sums["known"].clamp(min=1)
+        log_dice = -((2 * sums["common"] + SMOOTH) / (sums["sizes"] + SMOOTH)).log().mean()
+        return {"loss": FOCAL_WEIGHT * focal + log_dice, "focal": focal, "log_dice": log_dice}
 
     def predict(self, logits: Tensor) -> Tensor:
         """Probabilities [B, masks, H, W]."""
@@ -73,15 +80,7 @@ def _halving(levels: list[Tensor]) -> list[Tensor]:
     return fitted
 
 
-def _focal(logits: Tensor, inside: Tensor, known: Tensor) -> Tensor:
-    """ "Focal Loss for Dense Object Detection" (Lin et al., 2017), eq. 4, without weights of classes; mean over known pixels."""
+def _focal(logits: Tensor, inside: Tensor) -> Tensor:
+    """Of each pixel: "Focal Loss for Dense Object Detection" (Lin et al., 2017), eq. 4, without weights of classes."""
     entropy = binary_cross_entropy_with_logits(logits, inside, reduction="none")
-    each = (1 - (-entropy).exp()) ** GAMMA * entropy
-    return torch.where(known, each, 0.0).sum() / known.sum().clamp(min=1)
-
-
-def _log_dice(logits: Tensor, inside: Tensor, known: Tensor) -> Tensor:
-    """-log of the soft Dice of each mask over the whole batch; mean over masks."""
-    shares, inside = torch.where(known, logits.sigmoid(), 0.0), torch.where(known, inside, 0.0)
-    common, sizes = (x.sum(dim=(0, 2, 3)) for x in (shares * inside, shares + inside))
-    return -((2 * common + SMOOTH) / (sizes + SMOOTH)).log().mean()
+    return (1 - (-entropy).exp()) ** GAMMA * entropy

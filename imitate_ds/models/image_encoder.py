@@ -30,7 +30,8 @@ class ImageEncoder(nn.Module):
     """Grey pixels -> features of S levels, from fine to coarse, S = len(model.aggregation.keep).
 
     Backbones that halve their maps (ResNet, ConvNeXt, Swin, ...) give their last S levels; those with one grid (ViT,
-    Mixer, ...) give S blocks at even distances, the last block being the last level.
+    Mixer, ...) give S blocks at even distances, the last block being the last level. `channels` and `reductions` say, of
+    each level, how wide it is and how many pixels of the image a side of its cells takes.
     """
 
     def __init__(self, config: ModelConfig, input_size: int | None = None):
@@ -38,6 +39,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.backbone = _build_backbone(config, input_size)
         self.channels: list[int] = self.backbone.feature_info.channels()  # type: ignore[operator, union-attr, assignment]
+        self.reductions: list[int] = self.backbone.feature_info.reduction()  # type: ignore[operator, union-attr, assignment]
         self.mean, self.std = config.image_mean, config.image_std
         self.channels_come_last = getattr(self.backbone, "output_fmt", None) == Format.NHWC
 

@@ -19,6 +19,7 @@ from imitate_ds.training.checkpoint_files import (
     Keep,
     WrittenFile,
     begin_checkpoint,
+    by_score,
     checkpoint_folders,
     discard_unfinished,
     finish_checkpoint,
@@ -120,18 +121,28 @@ def find_checkpoint(folder: Path, log: Callable[[str], None] = print) -> Path | 
     A collective: the ranks share out the files. None where there is none at all. Raises ValueError where there are some and
     none verifies: to begin again is for the user to say.
     """
-    here = world()
     candidates = from_main(lambda: checkpoint_folders(folder))[::-1]
+    found = _first_that_verifies(candidates, log)
+    if candidates and found is None:
+        raise ValueError(
+            f"train.resume = True: none of the checkpoints in {folder} verifies; to begin again, delete that folder"
+        )
+    return found
+
+
+def find_best_checkpoint(folder: Path, metric: str, log: Callable[[str], None] = print) -> Path | None:
+    """The one that verifies and validated best, the same on all ranks; None where none was validated. A collective."""
+    return _first_that_verifies(from_main(lambda: by_score(folder, metric)), log)
+
+
+def _first_that_verifies(candidates: list[Path], log: Callable[[str], None]) -> Path | None:
+    here = world()
     for candidate in candidates:
         wrong = next(filter(None, gather_objects(verify_part(candidate, here.rank, here.size))), None)
         if wrong is None:
             return candidate
         if here.is_main:
             log(f"checkpoint {candidate.name}: {wrong}; trying the one before")
-    if candidates:
-        raise ValueError(
-            f"train.resume = True: none of the checkpoints in {folder} verifies; to begin again, delete that folder"
-        )
     return None
 
 

@@ -144,10 +144,17 @@ def kept(steps: Mapping[Path, Mapping[str, Any]], keep: Keep) -> set[Path]:
     stay = set(ordered[-keep.last :])
     if keep.every:
         stay |= {path for path in ordered if steps[path].get("step", 1) % keep.every == 0}
-    scores = {path: steps[path].get("metrics", {}).get(keep.metric) for path in ordered}
-    measured = [path for path in ordered if scores[path] is not None]
-    best = sorted(measured, key=lambda path: scores[path], reverse=True)
-    return stay | set(best[: keep.best])
+    return stay | set(_best_first(steps, keep.metric)[: keep.best])
+
+
+def by_score(checkpoints: Path, metric: str) -> list[Path]:
+    """Those that were validated, the best first, of equally good ones the oldest; whether they verify is another question."""
+    return _best_first({path: _state_of(path) for path in checkpoint_folders(checkpoints)}, metric)
+
+
+def _best_first(steps: Mapping[Path, Mapping[str, Any]], metric: str) -> list[Path]:
+    scores = {path: steps[path].get("metrics", {}).get(metric) for path in sorted(steps)}
+    return sorted((path for path in scores if scores[path] is not None), key=lambda path: scores[path], reverse=True)
 
 
 def write_synced(path: Path, data: bytes) -> WrittenFile:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from imitate_ds.config import RunConfig
 from imitate_ds.distributed import gather_objects
-from imitate_ds.run_file import flat_settings
+from imitate_ds.run_file import Section, flat_settings
 
 # Settings that may change when a run goes on; all others must be those it was begun with.
 FREE_SETTINGS = {
@@ -15,6 +14,10 @@ FREE_SETTINGS = {
     "share",
     "data.shards",  # folders may move; their builds, weights and embeddings may not change
     "data.val_split",
+    "data.val_list",
+    "data.test_split",
+    "data.test_list",
+    "data.train_list",  # may move; the samples on it may not change
     "data.workers",
     "data.max_skipped",
     "data.verify",
@@ -36,18 +39,20 @@ FREE_SETTINGS = {
     "train.eval_every",
     "train.log_every",
     "train.images_every",
+    "train.patience",
+    "encoder.init",  # may move; its weights may not change
 }
 # Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
 RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
 
 
-def identity(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
+def identity(config: Section, data: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run goes on, as JSON values. data: what the run reads, and how many at once."""
     settings = _settings(config)
     return {**{key: value for key, value in settings.items() if key not in FREE_SETTINGS}, **data}
 
 
-def check_ranks_agree(config: RunConfig, data: dict[str, Any]) -> None:
+def check_ranks_agree(config: Section, data: dict[str, Any]) -> None:
     """Raise the same ValueError on every rank where one was given another run: they would wait for each other for ever."""
     settings = _settings(config) | data
     first, *others = gather_objects({key: value for key, value in settings.items() if key not in RANKS_OWN})
@@ -70,5 +75,5 @@ def check_same_run(now: dict[str, Any], then: dict[str, Any], checkpoint: Path) 
             )
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: Section) -> dict[str, Any]:
     return flat_settings(json.loads(config.model_dump_json()))

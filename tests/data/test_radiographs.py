@@ -996,3 +996,22 @@ def test_an_image_that_is_almost_all_border_is_left_as_it_is():
     assert content_box(pixels) == (0, 100, 0, 100)
     halves = np.repeat(np.array([0, 255], np.uint8), 50)[:, None].repeat(100, axis=1)
     assert content_box(halves) == (0, 100, 0, 100)
+
+
+def test_a_dicom_header_is_read_without_the_pixels(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", ramp(height=40, width=60), bits=8)
+    assert radiographs.read_dicom_header(path) == ("patient17", 40, 60)
+    path.write_bytes(path.read_bytes()[:-1000])  # of the pixels
+    assert radiographs.read_dicom_header(path) == ("patient17", 40, 60)
+    assert radiographs.read_dicom_header(save_dicom(path, ramp(), bits=8, PatientID=" ")).patient_id == ""
+
+
+def test_a_header_that_cannot_be_read_is_refused_without_its_content(tmp_path):
+    path = tmp_path / "patient17.dcm"
+    for data in (b"", b"patient17", b"\0" * 128 + b"DICM"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"damaged DICOM file \(\w+\)$"):
+            radiographs.read_dicom_header(path)
+    with pytest.raises(OSError, match="No such file or directory") as error:
+        radiographs.read_dicom_header(tmp_path / "patient18.dcm")
+    assert "patient18" not in str(error.value)

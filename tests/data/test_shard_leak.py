@@ -44,6 +44,7 @@ class Collection:
     studies: list[Study]
     name: str = "clinic"
     synthetic: bool = True
+    has_reports: bool = True
 
     def __iter__(self) -> Iterator[Study]:
         return iter(self.studies)

@@ -48,6 +48,7 @@ class Clinic:
     studies: list[Study]
     name: str = "clinic"
     synthetic: bool = False
+    has_reports: bool = True
 
     def __iter__(self) -> Iterator[Study]:
         return iter(self.studies)
@@ -337,7 +338,12 @@ def test_masks_and_boxes_go_with_the_radiograph(tmp_path):
         findings="A lesion.",
         impression="",
         radiographs=(RadiographRef("i", "frontal", functools.partial(load_radiograph, path)),),
-        extra={"boxes": [{"label": "lesion", "x": 8, "y": 20, "width": 32, "height": 20}]},
+        extra={
+            "boxes": [
+                {"label": "lesion", "x": 8, "y": 20, "width": 32, "height": 20},
+                {"label": "marker", "x": 8, "y": 2, "width": 6, "height": 6},  # in the border that is cropped
+            ]
+        },
         masks={"lesions": functools.partial(np.copy, mask)},
     )
     build(Clinic([study]), tmp_path / "out", image_size=40)
@@ -348,8 +354,44 @@ def test_masks_and_boxes_go_with_the_radiograph(tmp_path):
     expected = np.zeros((40, 40), np.uint8)
     expected[15:25, 4:20] = 255
     np.testing.assert_array_equal(stored, expected)
-    box = json.loads(files["json"])["extra"]["boxes"][0]
+    (box,) = json.loads(files["json"])["extra"]["boxes"]
     assert box == {"label": "lesion", "x": 4.0, "y": 15.0, "width": 16.0, "height": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("place", "rule"),
+    [
+        ((-0.9, 39.5, 10, 1.4), None),
+        ((38, 0, 10.9, 40), None),
+        ((-1, 0, 10, 10), "a box reaches out of the radiograph"),
+        ((0, 0, 49, 10), "a box reaches out of the radiograph"),
+        ((0, 31, 10, 10), "a box reaches out of the radiograph"),
+        ((float("nan"), 0, 10, 10), "a box reaches out of the radiograph"),
+        ((5, 5, 0, 10), "a box has no area"),
+    ],
+)
+def test_a_box_outside_its_radiograph_is_named_by_key(tmp_path, caplog, place, rule):
+    source = clinic(tmp_path, 4)
+    box = dict(zip(("label", "x", "y", "width", "height"), ("mass", *place), strict=True))
+    source.studies[0] = replace(source.studies[0], extra={"boxes": [box]})
+    report = build(source, tmp_path / "out")
+    if rule:
+        assert report["dropped_images"][f"unreadable image: {rule}"] == 1
+        assert f"sample {sample_key('clinic', 'S0', 'image0')} dropped: unreadable image: {rule}" in caplog.text
+        return
+    metas = [meta for _, _, meta in read_samples(load_index(tmp_path / "out"), "train") if meta["study_id"] == "S0"]
+    (kept,) = metas[0]["extra"]["boxes"]
+    assert kept["x"] >= 0 <= kept["y"]
+    assert kept["x"] + kept["width"] <= 32 >= kept["y"] + kept["height"]
+
+
+def test_a_collection_without_reports_keeps_its_studies(tmp_path):
+    source = clinic(tmp_path / "files")
+    studies = [replace(study, findings="", impression="") for study in source]
+    report = build(Clinic(studies, has_reports=False), tmp_path / "out")
+    assert report["kept"] == build(source, tmp_path / "other")["kept"]
+    assert report["sections"]["none"] == report["studies"] == 12
+    assert report["dropped_studies"] == {}
 
 
 def test_a_patient_in_two_splits_stops_the_build_before_anything_is_written(tmp_path):

@@ -1,7 +1,9 @@
 """What a source of data yields: studies, with their report sections and radiographs, and nothing read yet."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +15,8 @@ class RadiographRef:
 
     image_id: str
     view_position: str  # "frontal", "lateral" or "unknown"
-    read: Callable[[], np.ndarray]  # picklable: a functools.partial of a module-level function
+    # picklable: a functools.partial of a module-level function. The files that it reads are its Path arguments.
+    read: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,13 @@ class Study:
     radiographs: tuple[RadiographRef, ...]
     labels: dict[str, int] = field(default_factory=dict)  # 1, 0, -1 (uncertain); a label that is not known is left out
     extra: dict[str, object] = field(default_factory=dict)  # JSON values kept with the sample: boxes, provenance
-    masks: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)  # name -> uint8 [H, W], picklable
+    # name -> reader, as of a radiograph: uint8 [H, W] of its size, 255 inside, 0 outside. An empty mask is an annotation too.
+    masks: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+
+
+# What was published of a collection: split, "train + val" or "all" -> {"radiographs", "patients", "boxes"} -> how many.
+# A source that knows has it as `published`; `imitate-ds data check` compares.
+Published = Mapping[str, Mapping[str, int]]
 
 
 class Source(Protocol):
@@ -36,7 +45,14 @@ class Source(Protocol):
 
     name: str
     synthetic: bool
+    has_reports: bool  # False: labels, masks or boxes alone, and a study without text is no less whole for it
 
     def __iter__(self) -> Iterator[Study]: ...
 
     def __len__(self) -> int: ...
+
+
+def reader_files(read: Callable[[], np.ndarray]) -> tuple[Path, ...]:
+    """The files that the reader of a radiograph or a mask reads; none where it draws what it returns."""
+    values = (*read.args, *read.keywords.values()) if isinstance(read, partial) else ()
+    return tuple(value for value in values if isinstance(value, Path))

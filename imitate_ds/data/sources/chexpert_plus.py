@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import RadiographRef, Study
-from imitate_ds.data.sources.table import (
+from imitate_ds.data.sources.rows import (
     Row,
     check_patient_splits,
     check_patients,
@@ -40,6 +40,7 @@ class CheXpertPlusSource:
 
     name = "chexpert-plus"
     synthetic = False
+    has_reports = True
 
     def __init__(self, root: str | Path, *, labels: str | None = None):
         self._root = Path(root)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.reports import parse_report
 from imitate_ds.data.sources.base import RadiographRef, Study
-from imitate_ds.data.sources.table import (
+from imitate_ds.data.sources.rows import (
     check_patient_splits,
     newest_table,
     parse_split,
@@ -45,6 +45,7 @@ class MimicCxrSource:
 
     name = "mimic-cxr"
     synthetic = False
+    has_reports = True
 
     def __init__(
         self, root: str | Path, reports: str | Path | None = None, *, labels: str | None = None, style: str = "tolerant"

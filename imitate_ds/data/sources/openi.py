@@ -8,7 +8,7 @@ from pathlib import Path
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.openi_xml import find_xml_reports, plain_id, read_xml_reports, views_by_caption
-from imitate_ds.data.sources.table import (
+from imitate_ds.data.sources.rows import (
     Row,
     check_patient_splits,
     parse_split,
@@ -39,6 +39,7 @@ class OpenISource:
 
     name = "openi"
     synthetic = False
+    has_reports = True
 
     def __init__(self, root: str | Path, *, views: str | None = None):
         root = Path(root)

@@ -29,6 +29,7 @@ class PhantomSource:
 
     name = "phantom"
     synthetic = True
+    has_reports = True
 
     def __init__(
         self,

@@ -1,220 +1,93 @@
-"""Any CSV of images and reports as a source, and the reading of CSV files that the other sources share."""
+"""Any CSV of images, with reports or annotations, as a source."""
 
-import csv
-import gzip
-import hashlib
-import math
-import re
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from imitate_ds.batch import is_missing
 from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.reports import parse_report
+from imitate_ds.data.sources.annotations import Box, one_hot, read_mask
 from imitate_ds.data.sources.base import RadiographRef, Study
-
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validate": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-
-
-VIEW_POSITIONS = {
-    "frontal": "frontal", "pa": "frontal", "ap": "frontal", "ap supine": "frontal", "ap erect": "frontal",
-    "lateral": "lateral", "ll": "lateral", "rl": "lateral", "lat": "lateral",
-}  # fmt: skip
-
-
-SHOWN_COLUMNS = 40  # names of a header that a message lists
-# What a line of a file without a header holds and no header does: numbers, ids, paths, sentences
-_NOT_A_NAME = re.compile(
-    r"\d\d|^\W*\d|\.(png|jpe?g|dcm|dicom|tiff?|txt|gz)?$|\\|^.{61}|(\S+\s+){5}|^[^\w\[(#%]", re.IGNORECASE
+from imitate_ds.data.sources.rows import (
+    Row,
+    check_patient_splits,
+    check_patients,
+    parse_split,
+    parse_view,
+    read_labels,
+    read_rows,
+    require_columns,
+    section_text,
+    shown_columns,
+    split_by_hash,
+)
+from imitate_ds.data.sources.table_annotations import (
+    MASK_PREFIX,
+    class_values,
+    columns_of,
+    mask_columns,
+    parse_boxes,
+    read_box_file,
 )
 
-
-class Row(dict[str, str]):
-    """Cells by the name of their column, and the line of the file on which the row ends."""
-
-    __slots__ = ("line",)
-
-    def __init__(self, cells: Iterable[tuple[str, str]], line: int):
-        super().__init__(cells)
-        self.line = line
-
-
-def newest_table(root: Path, name: str) -> Path | None:
-    """The last of root's files name.csv and name.csv.gz (name: a glob pattern); not name.csv.gz.part or name.csv.bak."""
-    return max((path for suffix in ("csv", "csv.gz") for path in root.glob(f"{name}.{suffix}")), default=None)
-
-
-def require_table(root: Path, name: str, *, called: str, layout: str) -> Path:
-    """newest_table, or FileNotFoundError that says what it is called and what the folder should hold."""
-    if path := newest_table(root, name):
-        return path
-    raise FileNotFoundError(f"{root}: no {called}; expected {layout}")
-
-
-def read_rows(path: Path, required: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a CSV (.tsv: tab-separated; .gz: compressed), header names stripped, blank cells as "".
-
-    Raises FileNotFoundError, or ValueError naming the file, the column that is missing and the columns there are.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    opener = gzip.open if path.suffix == ".gz" else open
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from _rows(path, csv.reader(file, delimiter=delimiter), required)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text; save it as CSV in UTF-8") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise ValueError(f"{path}: damaged gzip file; download it again") from None
-        except csv.Error as error:
-            raise ValueError(f"{path}: not a readable CSV file ({error})") from None
-
-
-def _rows(path: Path, reader, required: Sequence[str]) -> Iterator[Row]:
-    header = [name.strip() for name in next(reader, [])]
-    require_columns(path, header, required)
-    for row in reader:
-        if len(row) > len(header):
-            raise ValueError(f"{path}, line {reader.line_num}: {len(row)} cells under {len(header)} columns")
-        if row:
-            row += [""] * (len(header) - len(row))
-            yield Row(zip(header, row, strict=True), reader.line_num)
-
-
-def require_columns(path: Path, columns: Sequence[str], required: Iterable[str]) -> None:
-    missing = [name for name in required if name not in columns]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}; {shown_columns(columns)}")
-
-
-def shown_columns(header: Sequence[str]) -> str:
-    """What a message may say of the first line of a table: without a header it holds the data of a patient."""
-    names = [name for name in header if name]
-    if len(set(names)) < len(names) or any(_NOT_A_NAME.search(name) for name in names):
-        return "its first line does not look like a header (short names, each once), and so is not shown"
-    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
-    return f"it has: {', '.join(names[:SHOWN_COLUMNS]) or 'none'}{more}"
-
-
-def section_text(cell: str) -> str:
-    """A report section as it stands in a cell; "" where people wrote a placeholder for nothing."""
-    return "" if is_missing(cell) else cell.strip()
-
-
-def parse_view(cell: str) -> str:
-    return VIEW_POSITIONS.get(cell.strip().lower(), "unknown")
-
-
-def parse_split(row: Row, column: str, path: Path) -> str:
-    try:
-        return SPLIT_NAMES[row[column].strip().lower()]
-    except KeyError:
-        rule = f"must be one of {', '.join(SPLIT_NAMES)}"
-        raise ValueError(f"{path}, line {row.line}: {column} is {described(row[column])}: {rule}") from None
-
-
-def described(cell: str) -> str:
-    """A cell as an error message may show it: anything but a short number may be report text or the id of a patient."""
-    cell = cell.strip()
-    try:
-        float(cell)
-    except ValueError:
-        return f"a text of {len(cell)} characters" if cell else "blank"
-    return cell if len(cell) <= 4 else f"a number of {len(cell)} characters"
-
-
-def split_by_hash(patient_id: str) -> str:
-    """90 % train, 5 % val, 5 % test, the same on every machine."""
-    digest = hashlib.blake2b(patient_id.encode(), digest_size=8).digest()
-    share = int.from_bytes(digest, "big") % 100
-    return "train" if share < 90 else "val" if share < 95 else "test"
-
-
-def check_patients(patients: Iterable[str], column: str, path: Path) -> None:
-    """Raises ValueError where the patient of a row is blank."""
-    blank = sum(map(is_missing, patients))
-    if blank:
-        raise ValueError(
-            f"{path}: {column} is blank in {blank} rows; every row must name its patient, for all images of a patient go "
-            "into one split"
-        )
-
-
-def check_patient_splits(pairs: Iterable[tuple[str, str]], path: Path) -> None:
-    """Raises ValueError where (patient id, split) pairs put a patient into more than one split."""
-    splits = defaultdict(set)
-    for patient_id, split in pairs:
-        splits[patient_id].add(split)
-    torn = sum(len(found) > 1 for found in splits.values())
-    if torn:
-        raise ValueError(
-            f"{path}: {torn} of {len(splits)} patients are in more than one split; give all rows of a patient one "
-            "split, or take the splits out to have them drawn by patient"
-        )
-
-
-def read_labels(row: Row, columns: Iterable[str], path: Path) -> dict[str, int]:
-    """The cells that hold 1, 0 or -1 (uncertain); blank cells are left out."""
-    labels = {}
-    for name in columns:
-        cell = row[name].strip()
-        if is_missing(cell):
-            continue
-        try:
-            value = float(cell)
-        except ValueError:
-            value = math.nan
-        if value not in (1.0, 0.0, -1.0):
-            rule = "a label must be 1, 0, -1 (uncertain) or blank"
-            raise ValueError(f"{path}, line {row.line}: {name} is {described(cell)}: {rule}")
-        labels[name] = int(value)
-    return labels
-
-
-ROLES = ("image", "patient", "study", "findings", "impression", "report", "view", "split", "labels")
+ROLES = (
+    *("image", "patient", "study", "findings", "impression", "report", "view", "split"),
+    *("labels", "class", "masks", "boxes"),
+)
 TEXT_ROLES = ("findings", "impression", "report")
+# Roles that take a list of columns, or the prefix of their names, which is this unless told otherwise
+LIST_ROLES = {"labels": "label_", "masks": MASK_PREFIX}
 
 
 class TableSource:
     """One row per image of any CSV or TSV; rows with the same patient and study are one study.
 
-    root is the file, or a folder that holds one; image paths start from the folder of the file. columns names, by role,
+    root is the file, or a folder that holds one; paths in it start from the folder of the file. columns names, by role,
     the columns that are not called as the role is: image, patient (both needed), study (else every row is its own),
     findings, impression, report (the whole text, from which the sections that have no column are parsed), view (else all
-    are frontal) and split (else drawn by patient). columns["labels"] is a list of columns, or the prefix of their
-    names; without it that is "label_".
+    are frontal) and split (else drawn by patient).
+
+    Annotations: labels (1, 0, -1 or blank), class (its values become labels, one of them 1), masks (paths of images of the
+    radiograph's size: grey levels above 191 are inside, up to 63 outside, between nobody says) and boxes (JSON). labels and
+    masks are lists of columns, or the prefix of their names; without them that is "label_" and "mask_". The option boxes
+    names another CSV, of file, class, x1, y1, x2, y2, file as in the column of images. A blank cell, or an image that is not
+    in that CSV, is not annotated. A table of annotations needs no text.
     """
 
     name = "table"
     synthetic = False
 
     def __init__(
-        self, root: str | Path, columns: Mapping[str, str | Sequence[str]] | None = None, *, style: str = "tolerant"
+        self,
+        root: str | Path,
+        columns: Mapping[str, str | Sequence[str]] | None = None,
+        *,
+        style: str = "tolerant",
+        boxes: str | None = None,
     ):
         self._path = _table_file(Path(root))
         self._style = style
-        first = next(read_rows(self._path), None)
-        if first is None:
+        rows = list(read_rows(self._path))
+        if not rows:
             raise ValueError(f"{self._path}: no rows")
-        self._columns, self._labels = _resolve_columns(self._path, list(first), dict(columns or {}))
-        self._studies: dict[tuple[str, str], list[Row]] = defaultdict(list)
-        for row in read_rows(self._path):
-            self._studies[self._cell(row, "patient"), self._study_id(row)].append(row)
-        named = (patient for (patient, _), rows in self._studies.items() for _ in rows)
-        check_patients(named, self._columns["patient"], self._path)
+        header = list(rows[0])
+        lists, single = _split_roles(dict(columns or {}))
+        self._columns = _resolve_columns(self._path, header, single)
+        self._labels = columns_of(self._path, header, lists["labels"])
+        self._masks = mask_columns(self._path, header, lists["masks"])
+        self._classes = class_values(rows, self._columns["class"], self._path) if "class" in self._columns else []
+        self._boxes = self._read_box_file(boxes, rows)
+        self.has_reports = any(role in self._columns for role in TEXT_ROLES)
+        self._check_content(header)
+        check_patients((self._cell(row, "patient") for row in rows), self._columns["patient"], self._path)
         if "split" in self._columns:
-            splits = (
-                (patient, self._split(patient, row)) for (patient, _), rows in self._studies.items() for row in rows
-            )
-            check_patient_splits(splits, self._path)
+            pairs = ((self._cell(row, "patient"), self._split(self._cell(row, "patient"), row)) for row in rows)
+            check_patient_splits(pairs, self._path)
+        self._studies: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in rows:
+            self._studies[self._cell(row, "patient"), self._study_id(row)].append(row)
 
     def __len__(self) -> int:
         return len(self._studies)
@@ -230,6 +103,7 @@ class TableSource:
                 impression=impression,
                 radiographs=tuple(self._radiograph(row) for row in rows),
                 labels={name: value for row in rows for name, value in self._row_labels(row).items()},
+                **self._drawn(rows),
             )
 
     def _cell(self, row: Row, role: str) -> str:
@@ -253,12 +127,54 @@ class TableSource:
 
     def _radiograph(self, row: Row) -> RadiographRef:
         image = self._cell(row, "image")
-        view = parse_view(self._cell(row, "view")) if "view" in self._columns else "frontal"
-        return RadiographRef(image, view, partial(load_radiograph, self._path.parent / image))
+        return RadiographRef(image, self._view(row), partial(load_radiograph, self._path.parent / image))
+
+    def _view(self, row: Row) -> str:
+        return parse_view(self._cell(row, "view")) if "view" in self._columns else "frontal"
 
     def _row_labels(self, row: Row) -> dict[str, int]:
-        labels = read_labels(row, self._labels, self._path)
-        return {self._labels[column]: value for column, value in labels.items()}
+        labels = {self._labels[name]: value for name, value in read_labels(row, self._labels, self._path).items()}
+        named = self._cell(row, "class")
+        return labels if is_missing(named) else labels | one_hot(named, self._classes)
+
+    def _drawn(self, rows: list[Row]) -> dict:
+        """Masks and boxes of a study: those of its one frontal row, for a sample has the annotations of its study."""
+        frontal = [row for row in rows if self._view(row) == "frontal"]
+        drawn = [(row, self._row_masks(row), self._row_boxes(row)) for row in frontal]
+        found = [(row, masks, boxes) for row, masks, boxes in drawn if masks or boxes is not None]
+        if found and len(frontal) > 1:
+            rule = "a study with masks or boxes must have one frontal image; name no study column, and every row is one"
+            raise ValueError(
+                f"{self._path}, line {found[0][0].line}: one of {len(frontal)} frontal images of its study: {rule}"
+            )
+        _, masks, boxes = found[0] if found else (None, {}, None)
+        return {"masks": masks, "extra": {} if boxes is None else {"boxes": boxes}}
+
+    def _row_masks(self, row: Row) -> dict[str, partial]:
+        files = {name: row[column].strip() for column, name in self._masks.items()}
+        return {
+            name: partial(read_mask, self._path.parent / file) for name, file in files.items() if not is_missing(file)
+        }
+
+    def _row_boxes(self, row: Row) -> list[Box] | None:
+        if column := self._columns.get("boxes"):
+            return parse_boxes(row, column, self._path)
+        return self._boxes.get(self._cell(row, "image"))
+
+    def _read_box_file(self, boxes: str | None, rows: list[Row]) -> dict[str, list[Box]]:
+        if boxes is None:
+            return {}
+        if "boxes" in self._columns:
+            raise ValueError(f"boxes = {boxes!r}: {self._path} has a column of boxes too; leave one of them out")
+        return read_box_file(self._path.parent / boxes, {self._cell(row, "image") for row in rows})
+
+    def _check_content(self, header: list[str]) -> None:
+        annotated = self._labels or self._masks or self._boxes or {"class", "boxes"} & self._columns.keys()
+        if not (self.has_reports or annotated):
+            raise ValueError(
+                f"{self._path}: no column for findings, impression or report, nor for labels, class, masks or boxes; "
+                f"{shown_columns(header)}"
+            )
 
 
 def _table_file(root: Path) -> Path:
@@ -271,28 +187,29 @@ def _table_file(root: Path) -> Path:
     return found[0]
 
 
-def _resolve_columns(path: Path, header: list[str], columns: dict) -> tuple[dict[str, str], dict[str, str]]:
-    """(column of each role that the table has, label name of each label column)."""
+def _split_roles(columns: dict) -> tuple[dict[str, str | Sequence[str]], dict[str, str]]:
+    """Roles that take several columns, and roles that take one. Raises ValueError for what is no role or no column."""
     unknown = columns.keys() - set(ROLES)
     if unknown:
         raise ValueError(
             f"columns: {', '.join(sorted(map(str, unknown)))} is not a role; the roles are {', '.join(ROLES)}"
         )
-    labels = columns.pop("labels", "label_")
-    for role, column in [*columns.items(), *([] if isinstance(labels, Sequence) else [("labels", labels)])]:
-        if not isinstance(column, str):
-            raise ValueError(f"columns: {role} = {column!r}: must be the name of a column (labels: or a list of them)")
+    lists = {role: columns.pop(role, prefix) for role, prefix in LIST_ROLES.items()}
+    wrong = [(role, value) for role, value in lists.items() if not isinstance(value, Sequence)]
+    for role, column in [*((role, value) for role, value in columns.items() if not isinstance(value, str)), *wrong]:
+        rule = f"must be the name of a column ({' and '.join(LIST_ROLES)}: or a list of them)"
+        raise ValueError(f"columns: {role} = {column!r}: {rule}")
+    return lists, columns
+
+
+def _resolve_columns(path: Path, header: list[str], columns: dict[str, str]) -> dict[str, str]:
+    """The column of each role that the table has."""
     require_columns(path, header, columns.values())
-    found = {role: role for role in ROLES if role in header} | columns
+    found = {role: role for role in ROLES if role in header and role not in LIST_ROLES} | columns
     if "patient" not in found:
         raise ValueError(
             f"{path}: no column for patient; {shown_columns(header)}. Name it with columns={{'patient': ...}}; where "
             "every image is another patient that is the image column"
         )
     require_columns(path, header, [found.get("image", "image")])
-    if not any(role in found for role in TEXT_ROLES):
-        raise ValueError(f"{path}: no column for findings, impression or report; {shown_columns(header)}")
-    if isinstance(labels, str):
-        return found, {name: name.removeprefix(labels) for name in header if labels and name.startswith(labels)}
-    require_columns(path, header, labels)
-    return found, {name: name for name in labels}
+    return found
