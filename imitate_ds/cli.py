@@ -35,6 +35,13 @@ Protocol = Annotated[
 Branch = Annotated[
     Literal["impression", "findings"], typer.Option("--branch", help="impression: a diagnosis; findings: what is seen.")
 ]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. Unless given, all labels.",
+    ),
+]
 
 
 @app.command()
@@ -343,13 +350,7 @@ def evaluate_zero_shot(
     out: OutFolder,
     split: Split = "val",
     protocol: Protocol = "strict",
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="A YAML file, or one that ships: chestxray14, chexpert, covidx, openi, rsna, siim. Unless given, all labels "
-            "that ship."
-        ),
-    ] = "",
+    prompts: Prompts = "",
     branch: Branch = "impression",
 ) -> None:
     """AUROC, average precision, F1 and accuracy of prompted classification, with 95 % intervals by patient."""
@@ -369,6 +370,39 @@ def evaluate_probe(
     from imitate_ds import evaluate
 
     _show(evaluate.evaluate_probe(model, shards, out, split=split, protocol=protocol), out)
+
+
+@evaluate_app.command("grounding")
+def evaluate_grounding(
+    model: ModelFolder,
+    shards: ShardsFolder,
+    out: OutFolder,
+    split: Split = "val",
+    protocol: Protocol = "strict",
+    prompts: Prompts = "",
+    branch: Branch = "impression",
+    reference_split: Annotated[str, typer.Option(help="Whose radiographs say what is usual.")] = "train",
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Also an overlay of each sample in OUT/grounding/: patient data.")
+    ] = False,
+) -> None:
+    """The pointing game: whether the place that answers a label's words most lies in a box of that label."""
+    from imitate_ds import evaluate
+
+    result = evaluate.evaluate_grounding(
+        model,
+        shards,
+        out,
+        split=split,
+        protocol=protocol,
+        prompts=prompts,
+        branch=branch,
+        reference_split=reference_split,
+        pictures=pictures,
+    )
+    _show(result, out)
+    if pictures:
+        _say(f"pictures: {out / 'grounding'} (patient data: keep them where the shards may be)")
 
 
 def _show(result: dict, out: Path) -> None:

@@ -5,48 +5,44 @@ trained on is refused. `reference`: as papers did, to compare with papers. Every
 over patients.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
-from imitate_ds.data.shard_index import file_sha256
-from imitate_ds.data.shards import ShardIndex, load_index
 from imitate_ds.evaluation.embedded import (
-    SplitRecords,
     TextEmbeddings,
     duplicate_groups,
     embed_radiographs,
     embed_reports,
     read_split,
 )
+from imitate_ds.evaluation.grounding import REFERENCE, ask_for, point, pointing_figures, read_boxes, usual_levels
 from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompt_file import load_prompts
-from imitate_ds.evaluation.report import open_out, write_result
+from imitate_ds.evaluation.prompts import prompt_checksums
 from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
+from imitate_ds.evaluation.task import (
+    Protocol,
+    Task,
+    embed_task,
+    open_split,
+    open_task,
+    require_labels,
+    worker_count,
+    write_task,
+)
 from imitate_ds.evaluation.zero_shot import score_zero_shot
-from imitate_ds.export_folder import WEIGHTS
-from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, Section, load_model
-from imitate_ds.metrics import DRAWS, SEED, Figures, Ties
-
-Protocol = Literal["strict", "reference"]
+from imitate_ds.hub import Section
+from imitate_ds.metrics import Figures, Ties
 
 LEVELS = ("impression", "findings", "report")
 SHARES = {"1%": 0.01, "10%": 0.1, "100%": 1.0}  # of the training labels
 TIES = {"against": "count against the query", "index": "broken by index order"}
 PROBE_SEEDS = {"strict": (0, 1, 2, 3, 4), "reference": (42,)}
-
-
-class Task(NamedTuple):
-    """What every task starts from."""
-
-    model: PretrainedImitate
-    records: SplitRecords
-    images: ImageEmbeddings
 
 
 def evaluate_retrieval(
@@ -70,8 +66,8 @@ def evaluate_retrieval(
     """
     if bool(classes) != (per_class > 0):
         raise ValueError("--classes and --per-class go together, as in --per-class 200 --classes Atelectasis,Edema")
-    pretrained, records = _open_split(model, shards, out, split, protocol)
-    task = _seen(pretrained, records.with_labels(classes) if classes else records)
+    pretrained, records = open_split(model, shards, out, split, protocol)
+    task = embed_task(pretrained, records.with_labels(classes) if classes else records)
     ties: Ties = "index" if protocol == "reference" else "against"
     texts = embed_reports(task.model, task.records)
     metrics: Figures = {}
@@ -90,7 +86,7 @@ def evaluate_retrieval(
     if not metrics:
         raise ValueError(f"split = {split!r}: {shards} has no level with two different texts; nothing can be retrieved")
     settings = {"levels_left_out": left_out, "ties": TIES[ties], "classes": list(classes), "per_class": per_class}
-    return _write("retrieval", out, protocol, task, metrics, settings, curves)
+    return write_task("retrieval", out, protocol, task.model, task.records, metrics, settings, curves)
 
 
 def evaluate_zero_shot(
@@ -110,10 +106,10 @@ def evaluate_zero_shot(
     protocols give the same figures here.
     """
     file = load_prompts(prompts) if prompts else None
-    task = _open(model, shards, out, split, protocol)
-    _require_labels(task.records)
+    task = open_task(model, shards, out, split, protocol)
+    require_labels(task.records)
     scored = score_zero_shot(task.model, task.records, task.images, file, branch)
-    return _write("zero-shot", out, protocol, task, *scored)
+    return write_task("zero-shot", out, protocol, task.model, task.records, *scored)
 
 
 def evaluate_probe(
@@ -125,8 +121,8 @@ def evaluate_probe(
     a patient on both sides. `reference` draws images, once, with seed 42; the probe is the same logistic regression, not
     the layer that the published program trains with AdamW.
     """
-    task = _open(model, shards, out, split, protocol)
-    _require_labels(task.records)
+    task = open_task(model, shards, out, split, protocol)
+    require_labels(task.records)
     train = read_split(task.records.index, train_split)
     shared = len(np.intersect1d(train.patients, task.records.patients))
     if shared and protocol == "strict":
@@ -134,7 +130,7 @@ def evaluate_probe(
             f"split = {split!r}: {shared} of its patients are in {train_split!r} too; build shards that split by patient, "
             "or ask for --protocol reference"
         )
-    features = embed_radiographs(task.model, train, workers=_workers()).pooled.numpy()
+    features = embed_radiographs(task.model, train, workers=worker_count()).pooled.numpy()
     scored = task.images.pooled.numpy()
     units = train.patients if protocol == "strict" else np.array(train.keys)
     metrics: Figures = {}
@@ -153,41 +149,49 @@ def evaluate_probe(
         }
         if share == 1:
             curves = roc_curves(task.records, fits[0].scores)
-    return _write("probe", out, protocol, task, metrics, settings, curves)
+    return write_task("probe", out, protocol, task.model, task.records, metrics, settings, curves)
 
 
-def _open(model: Path, shards: Path, out: Path, split: str, protocol: str) -> Task:
-    return _seen(*_open_split(model, shards, out, split, protocol))
+def evaluate_grounding(
+    model: Path,
+    shards: Path,
+    out: Path,
+    split: str = "val",
+    protocol: Protocol = "strict",
+    *,
+    prompts: str = "",
+    branch: Section = "impression",
+    reference_split: str = "train",
+    pictures: bool = False,
+) -> dict[str, Any]:
+    """The pointing game by label, over samples with boxes: does the most telling pixel for the label lie in one of them?
 
-
-def _seen(model: PretrainedImitate, records: SplitRecords) -> Task:
-    return Task(model, records, embed_radiographs(model, records, workers=_workers()))
-
-
-def _open_split(
-    model: Path, shards: Path, out: Path, split: str, protocol: str
-) -> tuple[PretrainedImitate, SplitRecords]:
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol = {protocol!r}: must be 'strict' or 'reference'")
-    open_out(Path(out))
-    pretrained = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-    index = load_index(Path(shards))
-    if protocol == "strict":
-        _refuse_training_split(pretrained, index, split)
-    return pretrained, read_split(index, split)
-
-
-def _refuse_training_split(model: PretrainedImitate, index: ShardIndex, split: str) -> None:
-    """Older exports do not say what they were trained on, and pass. One trained on several folders names them all."""
-    trained_on = (model.settings.get("build_id") or "").split()
-    if index.build_id in trained_on and model.settings.get("train_split") == split:
+    reference_split: whose first radiographs say what is usual; nothing but their pixels is used. pictures: also an
+    overlay of each sample in out/grounding/, which is patient data. Both protocols give the same figures.
+    """
+    file = load_prompts(prompts) if prompts else None
+    pretrained, records = open_split(model, shards, out, split, protocol)
+    if reference_split not in records.index.splits:
         raise ValueError(
-            f"split = {split!r}: {model.folder} was trained on it; name another split, or ask for --protocol reference"
+            f"--reference-split {reference_split}: {records.index.root} has no such split; it has: "
+            f"{', '.join(records.index.splits)}"
         )
-
-
-def _workers() -> int:
-    return min(8, os.cpu_count() or 1)
+    boxes = read_boxes(records)
+    words = ask_for(boxes, file, branch)
+    usual = usual_levels(pretrained, records.index, reference_split, worker_count())
+    folder = Path(out) / "grounding" if pictures else None
+    if folder:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    pointing = point(pretrained, records, boxes, words, branch, usual, workers=worker_count(), pictures=folder)
+    settings = {
+        "branch": branch,
+        "prompts": words,
+        "prompt_files": prompt_checksums(file),
+        "labels_without_prompt": sorted({label for sample in boxes for label in sample} - set(words)),
+        "usual": f"mean features over the first {REFERENCE} radiographs of split {reference_split}",
+    }
+    metrics = pointing_figures(pointing, records.patients)
+    return write_task("grounding", out, protocol, pretrained, records, metrics, settings, {})
 
 
 def _level(level: str, task: Task, texts: TextEmbeddings, per_class: int) -> Pairs:
@@ -216,38 +220,3 @@ def _level(level: str, task: Task, texts: TextEmbeddings, per_class: int) -> Pai
         return pairs
     classes, keys = records.index.labels, [key for key, kept in zip(records.keys, keep, strict=True) if kept]
     return pairs._replace(classes=classes).take(balanced_places(keys, pairs.labels, classes, per_class))
-
-
-def _require_labels(records: SplitRecords) -> None:
-    known = (records.labels == 0) | (records.labels == 1)
-    if not known.any():
-        raise ValueError(
-            f"shards = '{records.index.root}': no labels in split {records.split!r}; build them from a source with labels "
-            "(the table source takes label columns), or evaluate retrieval, which needs none"
-        )
-
-
-def _write(
-    name: str, out: Path, protocol: str, task: Task, metrics: Figures, settings: dict[str, Any], curves: dict[str, Any]
-) -> dict[str, Any]:
-    model = task.model
-    bootstrap = {"draws": DRAWS, "seed": SEED, "unit": "patient", "interval": "95 % percentile"}
-    result = {
-        "task": name,
-        "protocol": protocol,
-        "model": {
-            "path": str(model.folder),
-            "weights_sha256": file_sha256(model.folder / WEIGHTS)[:16],
-            "preset": model.settings["preset"],
-            "image_encoder": model.settings["model"]["image_encoder"],
-            "impression_text": model.settings["impression_text"],
-            "trained_on": model.settings["data"],
-            "synthetic": model.settings["synthetic"],
-        },
-        "data": task.records.describe(),
-        "settings": {**settings, "bootstrap": bootstrap},
-        "metrics": metrics,
-        "curves": curves,
-    }
-    write_result(Path(out), result)
-    return result

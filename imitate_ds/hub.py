@@ -26,6 +26,7 @@ from imitate_ds.export_folder import (
     read_settings,
     write_settings,
 )
+from imitate_ds.models.grounding import grounding_maps, sum_levels
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_encoder import TextEncoder, describe_text_encoder, load_text_encoder
 
@@ -173,8 +174,7 @@ class PretrainedImitate:
         `prompts` maps a label to (texts that affirm it, texts that deny it); see imitate_ds.evaluation.prompts for ready ones.
         Ask the impression branch for a diagnosis, the findings branch for what is seen.
         """
-        if branch not in get_args(Section):
-            raise ValueError(f"branch = {branch!r}: must be 'impression' or 'findings'")
+        _check_branch(branch)
         return self.zero_shot_scores(self.encode_image(images, branch), prompts)
 
     def zero_shot_scores(self, images: Tensor, prompts: Prompts) -> dict[str, Tensor]:
@@ -189,6 +189,52 @@ class PretrainedImitate:
         """
         rows = torch.stack([self.encode_ensemble(texts) for texts in classes], dim=1)
         return (images.double() @ rows / self.settings["temperature"]).softmax(dim=1)
+
+    def usual_levels(self, images: Sequence[str | Path] | Tensor, batch_size: int = 64) -> list[Tensor]:
+        """What is usual in radiographs, for grounding to compare with: the mean features of each level [C_s, H_s, W_s].
+
+        A few dozen radiographs of any kind serve, if they are taken as those that are asked about.
+        """
+        starts = range(0, len(images), batch_size)
+        if not starts:
+            raise ValueError("images: must hold at least one radiograph")
+        batches = (self.prepare(images[start : start + batch_size], first=start) for start in starts)
+        sums = (sum_levels(self.model, batch.to(self.device)) for batch in batches)
+        return [torch.stack(parts).sum(dim=0) / len(images) for parts in zip(*sums, strict=True)]
+
+    def grounding(
+        self,
+        images: Sequence[str | Path] | Tensor,
+        texts: Sequence[str],
+        branch: Section = "impression",
+        usual: Sequence[Tensor] | None = None,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Which pixels answer a phrase, one for each radiograph: maps float32 [n, H, W] on the CPU, H = W = input_size.
+
+        A map is in the frame of the square that the encoder sees: borders cropped, padded to a square, resized
+        (`prepare`), not in that of the file. A value is a pixel's part in the cosine of image and text above what is
+        `usual` (see usual_levels; without it, above nothing), negative parts cut off; imitate_ds.models.grounding has the
+        definition. Compare values within a map. It shows what moves the model, and no finding follows from it.
+        """
+        _check_branch(branch)
+        if isinstance(texts, str) or len(texts) != len(images):
+            raise ValueError("texts: must be a list of one text for each image")
+        if not len(texts):
+            raise ValueError("images: must hold at least one radiograph")
+        rows = self.encode_text(texts, branch)
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            batch = self.prepare(images[start : start + batch_size], first=start)
+            parts.append(self.ground_rows(batch, rows[start : start + batch_size], branch, usual))
+        return torch.cat(parts)
+
+    def ground_rows(
+        self, images: Tensor, rows: Tensor, branch: Section = "impression", usual: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Like grounding, of one prepared batch and unit rows of text [B, D]."""
+        images, rows = images.to(self.device), rows.float().to(self.device)
+        return grounding_maps(self.model, images, rows, branch, usual).cpu()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the same folder again, with the weights as they are now."""
@@ -265,6 +311,12 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root}: damaged export, or one of another version: {error}; {AGAIN}") from error
     return PretrainedImitate(model, settings, preprocessing, root).to(device)
+
+
+def _check_branch(branch: str) -> None:
+    """Of the branches that meet text."""
+    if branch not in get_args(Section):
+        raise ValueError(f"branch = {branch!r}: must be 'impression' or 'findings'")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Who may import whom (README, Architecture), read from the source with ast."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 # room -> rooms of ours it may import, by longest matching prefix
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "hub": {"batch", "config", "export_folder", "models", "data.radiographs", "data.transforms"},
     "predictor": {"batch", "config", "data.transforms", "export_folder", "finetune_config", "heads", "hub", "models"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
-    "evaluation": {"batch", "config", "data", "distributed", "hub", "metrics", "run_file"},
+    "evaluation": {"batch", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "launch", "cli"}
@@ -120,3 +121,11 @@ def test_nothing_is_unpickled(repository):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
                 safe = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
                 assert safe, f"imitate_ds.{module}: np.load without allow_pickle=False"
+
+
+def test_every_folder_is_installed(repository):
+    """The list is written by hand, and a folder that it lacks is missing in the wheel alone."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for kind in ("*.py", "*.yaml") for path in (repository / "imitate_ds").rglob(kind)}
+    names = {".".join(folder.relative_to(repository).parts) for folder in folders}
+    assert names | set(settings["package-dir"]) == set(settings["packages"])

@@ -19,6 +19,11 @@ def default_prompts() -> tuple[PromptFile, ...]:
     return tuple(load_prompts(name) for name in DEFAULT)
 
 
+def prompt_checksums(file: PromptFile | None) -> dict[str, str]:
+    """Which wording was asked: of one file, or of all that ship."""
+    return {each.name: each.sha256 for each in ((file,) if file else default_prompts())}
+
+
 def prompts_for(labels: Iterable[str], branch: Section = "impression") -> dict[str, Sides]:
     """For each label, texts that affirm and texts that deny it; "X." and "No X." where we have no better wording."""
     return {label: _known(label, default_prompts(), branch) or _plain(label) for label in labels}

@@ -20,8 +20,10 @@ from imitate_ds.data.shard_index import write_atomic
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
 RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
 MEASURES = {"auroc": "AUROC", "ap": "AP", "ap50": "AP50", "f1": "F1", "accuracy": "accuracy", "dice": "Dice"}
+MEASURES |= {"blind_accuracy": "best fixed answer", "pointing": "pointing game"}
+MEASURES |= {"chance_pointing": "random pixel", "blind_pointing": "best fixed pixel"}
 LABEL_METRIC = re.compile(
-    rf"(?:(?P<share>[^/]+%)/)?(?P<blind>blind_)?(?P<measure>{'|'.join(MEASURES)})(?:(?P<macro>_macro)|/(?P<label>.+))?"
+    rf"(?:(?P<share>[^/]+%)/)?(?P<measure>{'|'.join(MEASURES)})(?:(?P<macro>_macro)|/(?P<label>.+))?"
 )
 MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
 
@@ -175,8 +177,6 @@ class Place(NamedTuple):
 def _place(name: str) -> Place | None:
     if not (match := LABEL_METRIC.fullmatch(name)):
         return None
-    if match["blind"]:
-        return Place("", match["measure"], "best fixed answer")
     over_all = "mean of labels" if match["macro"] else "all"
     return Place(match["share"] or "", match["measure"], match["label"] or over_all)
 

@@ -12,7 +12,7 @@ import torch
 from imitate_ds.evaluation.embedded import SplitRecords
 from imitate_ds.evaluation.label_figures import auroc_figures, label_figures, roc_curves
 from imitate_ds.evaluation.prompt_file import PromptFile, plain_name
-from imitate_ds.evaluation.prompts import default_prompts, label_prompts, prompts_for
+from imitate_ds.evaluation.prompts import label_prompts, prompt_checksums, prompts_for
 from imitate_ds.hub import ImageEmbeddings, PretrainedImitate, Section
 from imitate_ds.metrics import (
     Figures,
@@ -41,7 +41,7 @@ def score_zero_shot(
     scored = score(model, records, rows, file, branch)
     settings = {
         "branch": branch,
-        "prompt_files": {each.name: each.sha256 for each in ([file] if file else default_prompts())},
+        "prompt_files": prompt_checksums(file),
         "temperature": model.settings["temperature"],
     }
     return scored._replace(settings=settings | scored.settings)

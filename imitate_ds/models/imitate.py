@@ -1,5 +1,7 @@
 """Batch -> Features: one image encoder, an impression branch, a findings branch, a text projection."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -83,6 +85,13 @@ class ImitateModel(nn.Module):
         levels = self.image_encoder(images)
         pooled = _pooled(levels)
         return _unit(self.impression_head(pooled)), self._findings(levels), pooled.float()
+
+    def embed_levels(self, levels: list[Tensor], branch: Literal["impression", "findings"]) -> Tensor:
+        """Features of every level -> unit rows [B, D] of one branch, as encode_image has them; differentiable in the levels."""
+        rows = _unit(self.impression_head(_pooled(levels))) if branch == "impression" else self._findings(levels)
+        if rows is None:
+            raise ValueError("branch = 'findings': this model has no findings branch; ask its impression branch")
+        return rows
 
     def encode_text(self, embeddings: Tensor) -> Tensor:
         """Frozen text embeddings [n, E] -> unit rows [n, D]; the same projection serves both sections."""

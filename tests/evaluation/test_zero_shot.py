@@ -8,17 +8,14 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import normalize
 
-from imitate_ds.config import build_run_config
 from imitate_ds.data.shards import build_shards, load_index
 from imitate_ds.data.sources.phantom import PhantomSource
-from imitate_ds.data.text_cache import text_info
 from imitate_ds.evaluate import evaluate_zero_shot
 from imitate_ds.evaluation.embedded import read_split
 from imitate_ds.evaluation.prompt_file import load_prompts
 from imitate_ds.evaluation.prompts import prompts_for
 from imitate_ds.evaluation.zero_shot import branch_rows, score_zero_shot
-from imitate_ds.hub import ImageEmbeddings, load_model, save_pretrained
-from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.hub import ImageEmbeddings, load_model
 
 CLASSES = ("normal", "pneumonia", "COVID-19")
 
@@ -31,32 +28,6 @@ class OneClassEach(PhantomSource):
         # one class is named as another collection would
         labels = {"normal": int(number % 3 == 0), "Pneumonia": int(number % 3 == 1), "covid": int(number % 3 == 2)}
         return dataclasses.replace(study, labels=labels)
-
-
-def _export(shards, folder, findings=True):
-    values = {
-        "name": "t",
-        "data": {"shards": str(shards), "input_size": 64},
-        "model": {
-            "image_encoder": "resnet10t",
-            "joint_dim": 32,
-            "text_hidden": 32,
-            "aggregation": {"pool": 4, "eval_draws": 1, "enabled": findings},
-        },
-    }
-    if not findings:
-        values["objective"] = {"weights": {"image_findings": 0.0, "views_findings": 0.0}}
-    config = build_run_config(values)
-    torch.manual_seed(0)
-    model = ImitateModel(config.model, text_info(load_index(shards))["width"], input_size=64)
-    card = {"data": "phantom", "synthetic": True, "image_size": 64}
-    save_pretrained(model, folder, config=config, text_encoder_folder=shards / "text_encoder", card=card)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def export(phantom_shards, tmp_path_factory):
-    return _export(phantom_shards, tmp_path_factory.mktemp("model") / "export")
 
 
 @pytest.fixture(scope="module")
