@@ -19,10 +19,12 @@ shards_app = typer.Typer(no_args_is_help=True, help="Build, check, embed and des
 data_app = typer.Typer(
     no_args_is_help=True, help="Look at collections as they were downloaded, before shards are built."
 )
+splits_app = typer.Typer(no_args_is_help=True, help="Lists of samples: label shares, validation parts.")
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure an exported model; writes results.json and report.html.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(splits_app, name="splits")
 console, errors = Console(), Console(stderr=True)
 
 ModelFolder = Annotated[Path, typer.Option("--model", help="An export folder, as pretrain leaves it.")]
@@ -53,6 +55,31 @@ def pretrain(
     from imitate_ds.pretrain import main as pretrain_main
 
     pretrain_main(["--config", str(config), *(part for item in override or [] for part in ("--set", item))])
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Option("--config", help="Run file (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+) -> None:
+    """Train a head for a task in one process; for several ranks: deepspeed --module imitate_ds.finetune --config RUN.yaml"""
+    from imitate_ds.finetune import main as finetune_main
+
+    finetune_main(["--config", str(config), *(part for item in override or [] for part in ("--set", item))])
+
+
+@app.command()
+def benchmark(
+    config: Annotated[Path, typer.Option("--config", help="Benchmark file (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each a process of its own.")] = 1,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Write the run files only, for an array of jobs.")] = False,
+) -> None:
+    """Tune every encoder for every task, at every label share and seed; goes on where it was stopped."""
+    from imitate_ds.benchmark import benchmark as run_benchmark
+
+    failed = run_benchmark(config, override, jobs=jobs, prepare=prepare, say=_say)
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()
@@ -319,6 +346,24 @@ def shards_order(
         start_step=start_step,
     ):
         print(line)
+
+
+@splits_app.command("make")
+def splits_make(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder made by `shards build`, or its URL.")],
+    out: Annotated[Path, typer.Option("--out", help="Where NAME.txt of every part goes.")],
+    part: Annotated[list[str], typer.Option("--part", help="NAME=LOW:HIGH, a range of shares, as in train=0:0.9")],
+    split: Annotated[str, typer.Option(help="The split that is taken apart.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random order.")] = 0,
+    unit: Annotated[Literal["patient", "sample"], typer.Option(help="What is drawn; sample, as papers do.")] = "patient",
+) -> None:
+    """Parts of a split as lists of keys with a checksum: label shares, or a validation part."""
+    from imitate_ds.data.shard_index import open_index
+    from imitate_ds.data.split_lists import make_split_lists, parse_part
+
+    counts = make_split_lists(open_index(folder), split, dict(map(parse_part, part)), out, seed=seed, unit=unit)
+    for name, count in counts.items():
+        _say(f"{out / f'{name}.txt'}: {count:,} samples")
 
 
 @evaluate_app.command("retrieval")

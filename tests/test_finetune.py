@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from imitate_ds.data.split_lists import Part, make_split_lists
 from imitate_ds.data.stored_images import decode_stored
 from imitate_ds.finetune import finetune
 from imitate_ds.finetune_config import load_finetune_config
+from imitate_ds.training.drain import Drain
 from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
 
@@ -70,24 +72,24 @@ def records(folder, split="train"):
     return [line for line in lines if line["split"] == split]
 
 
-@pytest.mark.parametrize("kind", TASKS)
-def test_two_ranks_with_unlike_shares_equal_one(run_file, alone, kind):
+def test_two_ranks_with_unlike_shares_equal_one(run_file, alone):
     """61 samples a step are 31 and 30; whole encoder, in a model whose steps do not depend on how a batch is cut."""
-    settings = {"encoder": {"train": "full"}, "train": {"batch_norm": "freeze", "eval_every": 2}}
-    path, folder = run_file("two", kind, **settings)
-    run("imitate_ds.finetune", "--config", str(path), "--set", "train.deepspeed=zero2")
-    path, one = run_file("one", kind, **settings)
-    found = alone(path)
-    for two, expected in zip(records(folder), records(one), strict=True):
-        for name in ("loss", "gradient_norm"):
-            assert two[name] == pytest.approx(expected[name], rel=1e-3)
-    assert [r["step"] for r in records(folder, "val")] == [6]
-    metrics = json.loads((folder / "results.json").read_text())["results"][0]["metrics"]
-    value = metrics[METRICS[kind]]["value"]
-    assert value == pytest.approx(found[f"test/{METRICS[kind]}"], abs=0.02)
-    assert metrics[METRICS[kind]]["low"] <= value <= metrics[METRICS[kind]]["high"]
-    assert (folder / "report.html").stat().st_size > 5_000
-    assert read_run_state(folder)["state"] == "finished"
+    settings = {"encoder": {"train": "full"}, "train": {"batch_norm": "freeze", "eval_every": 2, "deepspeed": "zero2"}}
+    pairs = {kind: run_file(f"two-{kind}", kind, **settings) for kind in TASKS}
+    run("tests.finetune_worker", *(str(path) for path, _ in pairs.values()))
+    for kind, (_, folder) in pairs.items():
+        path, one = run_file(f"one-{kind}", kind, **settings)
+        found = alone(path)
+        for two, expected in zip(records(folder), records(one), strict=True):
+            for name in ("loss", "gradient_norm"):
+                assert two[name] == pytest.approx(expected[name], rel=1e-3), kind
+        assert [r["step"] for r in records(folder, "val")] == [6]
+        metrics = json.loads((folder / "results.json").read_text())["results"][0]["metrics"]
+        value = metrics[METRICS[kind]]["value"]
+        assert value == pytest.approx(found[f"test/{METRICS[kind]}"], abs=0.02), kind
+        assert metrics[METRICS[kind]]["low"] <= value <= metrics[METRICS[kind]]["high"]
+        assert (folder / "report.html").stat().st_size > 5_000
+        assert read_run_state(folder)["state"] == "finished"
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -117,22 +119,25 @@ def test_what_comes_back_from_the_export_says_what_was_scored(run_file, alone, k
     assert "**synthetic**" in card
 
 
-def test_stopped_and_resumed_equals_undisturbed(run_file):
-    longer = {"epochs": 4, "save_every": 100, "batch_norm": "freeze"}
-    path, undisturbed = run_file("undisturbed", train=longer)
-    run("imitate_ds.finetune", "--config", str(path))
-    path, folder = run_file("drained", train=longer)
-    ranks = start("imitate_ds.finetune", "--config", str(path))
-    deadline = time.monotonic() + 200
-    while not (folder / "metrics.jsonl").exists() or not records(folder):
-        assert time.monotonic() < deadline, "no step after 200 s"
-        time.sleep(0.02)
-    ranks[1].send_signal(signal.SIGUSR1)
-    for status, output in finish(ranks):
-        assert status == 0, output[-2000:]
+def test_stopped_and_resumed_equals_undisturbed(run_file, alone):
+    """Ranks that hear a signal, and other numbers of them, are the matter of test_pretrain.py and tests/cluster."""
+    longer = {"epochs": 4, "save_every": 100}
+    path, undisturbed = run_file("undisturbed", encoder={"train": "last_n"}, train=longer)
+    alone(path)
+    path, folder = run_file("drained", encoder={"train": "last_n"}, train=longer)
+    drain = Drain()
+
+    def ask_to_end():
+        while not (folder / "metrics.jsonl").exists() or len(records(folder)) < 4:
+            time.sleep(0.01)
+        drain.signal = signal.SIGUSR1
+
+    threading.Thread(target=ask_to_end, daemon=True).start()
+    finetune(load_finetune_config(path), drain)
     assert read_run_state(folder)["state"] == "drained"
+    assert 4 <= read_run_state(folder)["step"] < 12
     assert not (folder / "export").exists()
-    run("imitate_ds.finetune", "--config", str(path), "--set", "train.resume=true")
+    alone(path, "train.resume=true")
     assert [r["loss"] for r in records(folder)] == [r["loss"] for r in records(undisturbed)]
     one, other = (json.loads((f / "results.json").read_text())["results"][0]["metrics"] for f in (folder, undisturbed))
     assert one == other

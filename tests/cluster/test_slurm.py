@@ -161,7 +161,7 @@ def test_fine_tuning_asked_to_end_goes_on(cluster, phantom_shards, tmp_path):
         "encoder": {"model": {"image_encoder": "resnet10t"}, "train": "full"},
         "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0},
         "task": {"kind": "classification", "targets": ["cardiomegaly", "nodule"]},
-        "train": {"global_batch_size": 36, "batch_norm": "freeze", "epochs": 40, "log_every": 1, "patience": 0},
+        "train": {"global_batch_size": 36, "batch_norm": "freeze", "epochs": 12, "log_every": 1, "patience": 0},
     }
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANKS_PER_NODE": "1", "SLURM_WAIT": "10"}
     environment["PYTHONPATH"] = str(REPOSITORY)

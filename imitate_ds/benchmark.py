@@ -1,0 +1,143 @@
+"""A benchmark, an entrance: every encoder tuned for every task, at every label share and seed; one table in the end.
+
+Each cell is a run of fine-tuning in a folder of its own. A benchmark that was stopped goes on where it was: cells that have
+finished are not run again, and one that has not resumes. `--prepare` writes the run files only, and a list of them for an array
+of jobs (launch/finetune.sbatch); the same command without it then makes the table.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imitate_ds.benchmark_config import BenchmarkConfig, load_benchmark_config
+from imitate_ds.data.shard_index import open_index
+from imitate_ds.data.split_lists import Part, make_split_lists
+from imitate_ds.evaluate import evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
+from imitate_ds.evaluation.benchmark_table import Entry, write_benchmark
+from imitate_ds.finetune_config import FinetuneConfig
+from imitate_ds.run_file import dump_settings
+from imitate_ds.training.run_state import read_run_state
+
+Say = Callable[[str], None]
+
+
+class Cell(NamedTuple):
+    task: str
+    encoder: str
+    train: str
+    share: float
+    seed: int
+    config: FinetuneConfig
+
+    @property
+    def path(self) -> Path:
+        """Of its run file, beside its folder."""
+        return self.config.run_dir.with_suffix(".yaml")
+
+
+def benchmark(
+    path: Path, overrides: list[str] | None = None, *, jobs: int = 1, prepare: bool = False, say: Say = print
+) -> list[str]:
+    """Run what is left of a benchmark and write its table; the cells that failed, by name.
+
+    jobs: cells that run at once, each a process of its own.
+    Raises FileNotFoundError or ValueError naming the key, before anything is run.
+    """
+    config = load_benchmark_config(path, overrides)
+    os.umask(0o077 if config.share == "private" else 0o027)
+    cells = list(_cells(config))
+    for cell in cells:
+        _write_run_file(cell)
+    (config.folder / "runs.txt").write_text("".join(f"{cell.path}\n" for cell in cells))
+    if prepare:
+        count, listed = len(cells), config.folder / "runs.txt"
+        say(f"{count} run files, listed in {listed}: RUNS={listed} sbatch --array=0-{count - 1} ... launch/finetune.sbatch")
+        return []
+    with ThreadPoolExecutor(jobs) as pool:
+        places = (f"{number}/{len(cells)}" for number in range(1, len(cells) + 1))
+        well = list(pool.map(lambda cell, place: _run(cell, place, say), cells, places))
+    failed = [cell.config.name for cell, ended_well in zip(cells, well, strict=True) if not ended_well]
+    entries = [
+        Entry(cell.task, cell.encoder, cell.train, cell.share, cell.seed, cell.config.run_dir)
+        for cell in cells
+        if cell.config.name not in failed
+    ]
+    write_benchmark(config.folder, config.name, config.protocol, entries, _evaluations(config, say))
+    say(f"written: {config.folder / 'results.json'}, {config.folder / 'report.html'}, predictions.parquet")
+    return failed
+
+
+def _cells(config: BenchmarkConfig) -> Iterator[Cell]:
+    for task, plan in config.tasks.items():
+        for share in plan.shares:
+            for seed in plan.seeds or config.seeds:
+                lists = _lists(config, task, share, seed)
+                for encoder in config.encoders:
+                    for train in plan.train:
+                        name = f"{task}-{encoder}-{train}-{share:g}-{seed}"
+                        run = config.run_of(task, encoder, train, seed, name=name, data=lists)
+                        yield Cell(task, encoder, train, share, seed, run)
+
+
+def _lists(config: BenchmarkConfig, task: str, share: float, seed: int) -> dict[str, str]:
+    """Settings of `data` that make the training part smaller, and take a validation part from it where that is asked for."""
+    plan = config.tasks[task]
+    if share == 1 and not plan.val_share:
+        return {}
+    data = config.run_of(task, next(iter(config.encoders)), plan.train[0], seed).data
+    parts = {f"{share:g}": Part(0, share * (1 - plan.val_share))}
+    if plan.val_share:
+        parts["val"] = Part(1 - plan.val_share, 1)
+    folder = config.folder / "lists" / task / str(seed)
+    unit = "patient" if config.protocol == "strict" else "sample"
+    make_split_lists(open_index(data.shards), data.train_split, parts, folder, seed=seed, unit=unit)
+    lists = {"train_list": str(folder / f"{share:g}.txt")}
+    return lists | ({"val_split": data.train_split, "val_list": str(folder / "val.txt")} if plan.val_share else {})
+
+
+def _write_run_file(cell: Cell) -> None:
+    """Raises ValueError where the cell was run, or begun, with other settings: its figures would stand in the wrong table."""
+    text = dump_settings(cell.config)
+    if cell.config.run_dir.is_dir() and cell.path.is_file() and cell.path.read_text() != text:
+        raise ValueError(
+            f"{cell.config.run_dir}: was run with other settings, those in {cell.path}; choose another name for the benchmark, "
+            "or delete the folder"
+        )
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    cell.path.write_text(text)
+
+
+def _run(cell: Cell, place: str, say: Say) -> bool:
+    """Whether the run of a cell has come to a good end, now or before."""
+    if read_run_state(cell.config.run_dir).get("state") == "finished":
+        return True
+    say(f"{place}  {cell.config.name}")
+    log = cell.path.with_suffix(".log")
+    command = [sys.executable, "-m", "imitate_ds.finetune", "--config", str(cell.path), "--set", "train.resume=true"]
+    with log.open("a") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        say(f"{place}  {cell.config.name}: failed with status {status}; see {log}")
+    return status == 0 and read_run_state(cell.config.run_dir).get("state") == "finished"
+
+
+def _evaluations(config: BenchmarkConfig, say: Say) -> dict[tuple[str, str], dict[str, Any]]:
+    """(evaluation, encoder) -> its result, of encoders that are exports of pre-training."""
+    found = {}
+    for name, plan in config.evaluations.items():
+        for encoder, settings in config.encoders.items():
+            if not settings.get("init"):
+                continue
+            say(f"{name}, {encoder}")
+            given = {"split": plan.split, "protocol": config.protocol}
+            place = Path(settings["init"]), Path(plan.shards), config.folder / "evaluations" / f"{name}-{encoder}"
+            if plan.task == "retrieval":
+                found[name, encoder] = evaluate_retrieval(*place, **given)
+            else:
+                measure = evaluate_zero_shot if plan.task == "zero-shot" else evaluate_grounding
+                found[name, encoder] = measure(*place, **given, branch=plan.branch)
+    return found
