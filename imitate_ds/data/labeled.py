@@ -37,26 +37,31 @@ OUTSIDE, UNSAID = (
 )  # grey levels of a stored mask: up to, outside; above the second, inside; between, nobody says
 
 
-@dataclass(frozen=True)
-class LabeledSplit:
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What samples are known to be for one task, as much of it as measuring needs."""
+
+    targets: tuple[str, ...]  # names of labels, masks, or objects
+    keys: list[str]
+    patients: np.ndarray  # [n], hashes
+    labels: np.ndarray  # int8 [n, L]: 1, 0, or -1 where it does not count; L = 0 for masks and boxes
+    # of each sample, float32 [b, 4] x1 y1 x2 y2 in pixels of the stored square; their labels int64 [b]
+    boxes: list[np.ndarray] = field(repr=False)
+    box_labels: list[np.ndarray] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledSplit(Annotations):
     """The samples of one split that are annotated for a task, in index order; nothing of the pixels is read yet."""
 
     index: ShardIndex
     split: str
-    targets: tuple[str, ...]  # names of labels, masks, or objects
     rows: np.ndarray  # [n]: which sample of the split
-    keys: list[str]
-    patients: np.ndarray  # [n], hashes
-    labels: np.ndarray  # int8 [n, L]: 1, 0, or -1 where it does not count; L = 0 for masks and boxes
-    boxes: list[np.ndarray] = field(
-        repr=False
-    )  # of each sample, float32 [b, 4] x1 y1 x2 y2 in pixels of the stored square
-    box_labels: list[np.ndarray] = field(repr=False)  # int64 [b]
     masks: tuple[str, ...] = ()  # names; empty where the task needs none
     not_annotated: int = 0  # samples of the split that say nothing about the task
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def describe(self) -> dict[str, Any]:
         """What a result file says about the data: enough to tell whether two results are of the same samples."""
@@ -126,9 +131,18 @@ def open_labeled(index: ShardIndex, split: str, task: TaskConfig, data: LabeledD
     if task.exclusive:
         _check_exclusive(index, split, found.keys, labels)
     return LabeledSplit(
-        index, split, targets, np.array(found.rows), found.keys, np.array(found.patients), labels,
-        found.boxes, found.box_labels, targets if task.kind == "segmentation" else (), row - len(found.keys),
-    )  # fmt: skip
+        index=index,
+        split=split,
+        targets=targets,
+        rows=np.array(found.rows),
+        keys=found.keys,
+        patients=np.array(found.patients),
+        labels=labels,
+        boxes=found.boxes,
+        box_labels=found.box_labels,
+        masks=targets if task.kind == "segmentation" else (),
+        not_annotated=row - len(found.keys),
+    )
 
 
 class _Found(NamedTuple):

@@ -3,29 +3,16 @@
 Figures only: the page knows neither report text nor ids.
 """
 
-import base64
-import io
 import json
-import re
-from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import Any
 
 from imitate_ds.data.shard_index import write_atomic
+from imitate_ds.evaluation.figure_names import RETRIEVAL_METRIC, place_of
+from imitate_ds.evaluation.report_pictures import auroc_picture, retrieval_picture, training_picture
 
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
-RETRIEVAL_METRIC = re.compile(r"(?P<row>.+?)_(?P<level>chance_|blind_)?(?P<measure>[RP]@\d+)")
-MEASURES = {"auroc": "AUROC", "ap": "AP", "ap50": "AP50", "f1": "F1", "accuracy": "accuracy", "dice": "Dice"}
-MEASURES |= {"blind_accuracy": "best fixed answer", "pointing": "pointing game"}
-MEASURES |= {"chance_pointing": "random pixel", "blind_pointing": "best fixed pixel"}
-LABEL_METRIC = re.compile(
-    rf"(?:(?P<share>[^/]+%)/)?(?P<measure>{'|'.join(MEASURES)})(?:(?P<macro>_macro)|/(?P<label>.+))?"
-)
-MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -87,7 +74,7 @@ def write_report(out: Path, run_dir: Path | None = None) -> Path:
     records = _training_records((run_dir or out) / RECORDS)
     parts = [_task_section(result) for result in results]
     if records:
-        parts.append(f"<h2>Training</h2>{_training_picture(records)}")
+        parts.append(f"<h2>Training</h2>{training_picture(records)}")
     synthetic = [result for result in results if result["data"]["synthetic"] or result["model"].get("synthetic")]
     flag = "Research only, not for clinical use."
     if synthetic:
@@ -110,7 +97,7 @@ def _task_section(result: dict[str, Any]) -> str:
     )
     retrieval = result["task"] == "retrieval"
     table = _retrieval_table(result["metrics"]) if retrieval else _label_table(result["metrics"])
-    picture = _retrieval_picture(result) if retrieval else _auroc_picture(result)
+    picture = retrieval_picture(result) if retrieval else auroc_picture(result)
     details = json.dumps({key: result.get(key) for key in ("model", "data", "settings")}, indent=1)
     return (
         f"<h2>{escape(result['task'].capitalize())}</h2><p>{escape(about)}</p>{table}{picture}"
@@ -147,7 +134,7 @@ def _label_table(metrics: dict[str, dict]) -> str:
     """Rows are labels, what is over all of them first; columns are measures, of a probe the shares of the training labels."""
     rows: dict[str, dict[str, dict]] = {}
     for name, value in metrics.items():
-        if place := _place(name):
+        if place := place_of(name):
             rows.setdefault(place.label, {})[place.column] = value
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     body = []
@@ -160,25 +147,6 @@ def _label_table(metrics: dict[str, dict]) -> str:
     undefined = max((len(value.get("not_defined", [])) for value in metrics.values()), default=0)
     note = f"<p><small>{undefined} labels have one value only in this split: not defined, left out of the mean.</small></p>"
     return _table(["label", "positive", *columns], body) + (note if undefined else "")
-
-
-class Place(NamedTuple):
-    """Where a figure by label stands on the page."""
-
-    share: str  # of the training labels, of a probe
-    measure: str
-    label: str
-
-    @property
-    def column(self) -> str:
-        return f"{MEASURES[self.measure]}, {self.share}" if self.share else MEASURES[self.measure]
-
-
-def _place(name: str) -> Place | None:
-    if not (match := LABEL_METRIC.fullmatch(name)):
-        return None
-    over_all = "mean of labels" if match["macro"] else "all"
-    return Place(match["share"] or "", match["measure"], match["label"] or over_all)
 
 
 def _with_interval(value: dict) -> str:
@@ -199,50 +167,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _retrieval_picture(result: dict[str, Any]) -> str:
-    curves = result.get("curves", {})
-
-    def draw(axes: Axes, names: list[str]) -> None:
-        for number, name in enumerate(names):
-            colour = f"C{number}"
-            axes.plot(curves[name]["k"], curves[name]["recall"], "o-", ms=3, color=colour, label=name.split("/")[0])
-            axes.plot(curves[name]["k"], curves[name]["chance"], ":", color=colour)
-        axes.set(xscale="log", xlabel="k", ylabel="R@k (dotted: chance)", ylim=(0, 1.02))
-        axes.legend(fontsize=8)
-
-    directions = ("image_to_text", "text_to_image")
-    panels = {way.replace("_", " "): [name for name in curves if name.endswith(way)] for way in directions}
-    return _picture({title: lambda axes, n=names: draw(axes, n) for title, names in panels.items() if names}, "R@k")
-
-
-def _auroc_picture(result: dict[str, Any]) -> str:
-    curves = {name: curve for name, curve in result.get("curves", {}).items() if name.startswith("roc/")}
-    places = {_place(name): value for name, value in result["metrics"].items() if value["low"] is not None}
-    bars = {(it.share, it.label): value for it, value in places.items() if it and it.measure == "auroc"}
-    last = list(bars)[-1][0] if bars else ""  # the largest share
-
-    def draw_rocs(axes: Axes) -> None:
-        for number, (name, curve) in enumerate(curves.items()):
-            style = {"ls": ("-", "--", ":")[number // 10 % 3], "color": f"C{number % 10}", "lw": 1.2}
-            label = name.removeprefix("roc/")
-            axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label, **style)
-        axes.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-        axes.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
-        axes.legend(fontsize=6, ncols=2 if len(curves) > 10 else 1, loc="lower right")
-
-    def draw_intervals(axes: Axes) -> None:
-        chosen = [(label, value) for (share, label), value in bars.items() if share == last][::-1]
-        for row, (_, value) in enumerate(chosen):
-            axes.plot([value["low"], value["high"]], [row, row], color="C0")
-            axes.plot(value["value"], row, "o", ms=4, color="C0")
-        axes.axvline(0.5, color="0.7", lw=0.8)
-        axes.set(xlabel="AUROC", yticks=range(len(chosen)), yticklabels=[label for label, _ in chosen])
-        axes.tick_params(axis="y", labelsize=7)
-
-    panels = {f"ROC {last}".strip(): draw_rocs, f"95 % intervals {last}".strip(): draw_intervals}
-    return _picture(panels, "ROC curves and AUROC intervals") if curves and bars else ""
-
-
 def _training_records(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line torn by a kill is left out."""
     if not path.is_file():
@@ -250,54 +174,3 @@ def _training_records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
     return [json.loads(line) for line in whole]
-
-
-def _training_picture(records: list[dict[str, Any]]) -> str:
-    """A panel for each number over the steps; all k of one retrieval in one panel."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for record in records:
-        for name, value in record.items():
-            if name not in ("step", "split", "time") and isinstance(value, int | float):
-                panel, _, k = name.partition("_R@")
-                line = f"{record['split']} R@{k}" if k else record["split"]
-                steps, values = panels.setdefault(panel, {}).setdefault(line, ([], []))
-                steps.append(record["step"])
-                values.append(value)
-
-    def draw(axes: Axes, lines: dict[str, tuple[list[float], list[float]]]) -> None:
-        for label, (steps, values) in lines.items():
-            axes.plot(steps, values, ".-" if len(steps) < 50 else "-", lw=1, label=label)
-        axes.set(xlabel="step")
-        axes.legend(fontsize=7)
-
-    def rank(panel: str) -> tuple[bool, bool]:
-        """The loss first, then what is measured on the validation split."""
-        return panel != "loss", not any(line.startswith("val") for line in panels[panel])
-
-    chosen = sorted(panels, key=rank)[:MOST_CURVES]
-    drawn = {name: lambda axes, lines=panels[name]: draw(axes, lines) for name in chosen}
-    return _picture(drawn, "Training curves")
-
-
-def _picture(panels: dict[str, Callable[[Axes], None]], text: str) -> str:
-    """One picture of several panels, as an image that the page carries in itself."""
-    if not panels:
-        return ""
-    columns = 2 if len(panels) < 3 else 3
-    rows = -(-len(panels) // columns)
-    chart = Figure(figsize=(11, (4.4 if columns == 2 else 2.8) * rows), layout="constrained")
-    for axes, (title, draw) in zip(_axes(chart, rows, columns), panels.items(), strict=False):
-        axes.set_visible(True)
-        axes.set_title(title, fontsize=9)
-        draw(axes)
-    buffer = io.BytesIO()
-    chart.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
-
-
-def _axes(chart: Figure, rows: int, columns: int) -> Iterable[Axes]:
-    grid = chart.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.set_visible(False)
-    return grid

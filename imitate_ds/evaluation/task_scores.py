@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imitate_ds.batch import IGNORED, LabeledBatch
-from imitate_ds.data.labeled import LabeledSplit
+from imitate_ds.data.labeled import Annotations, LabeledSplit
 from imitate_ds.distributed import gather_rows, training_device
 from imitate_ds.evaluation.detection_ap import THRESHOLDS, average_precisions_statistic
 from imitate_ds.evaluation.validation import first_of_each, key_numbers
@@ -85,7 +85,7 @@ class Measure(NamedTuple):
 
 
 def measure(
-    kind: str, split: LabeledSplit, answers: np.ndarray, *, exclusive: bool = False, reference: int = 0
+    kind: str, known: Annotations, answers: np.ndarray, *, exclusive: bool = False, reference: int = 0
 ) -> Measure:
     """How a task is measured.
 
@@ -93,18 +93,18 @@ def measure(
     without box or without detection are left out. 0: every sample counts, and the same.
     """
     if kind == "classification":
-        return _labels(split, answers, exclusive)
+        return _labels(known, answers, exclusive)
     if kind == "segmentation":
-        return _dice(split, answers, reference)
-    return _boxes(split, answers, skips=bool(reference))
+        return _dice(known, answers, reference)
+    return _boxes(known, answers, skips=bool(reference))
 
 
-def figures_of(measured: Measure, split: LabeledSplit, *, draws: int) -> Figures:
+def figures_of(measured: Measure, known: Annotations, *, draws: int) -> Figures:
     """Values, and with draws > 0 their 95 % intervals by patient."""
-    values = measured.statistic(np.ones(len(split)))
+    values = measured.statistic(np.ones(len(known)))
     low = high = np.full(len(values), np.nan)
     if draws:
-        low, high = bootstrap_by_patient(measured.statistic, split.patients, draws)
+        low, high = bootstrap_by_patient(measured.statistic, known.patients, draws)
     rows = zip(measured.names, values, low, high, measured.beside, strict=True)
     return {name: figure(value, lowest, highest, **beside) for name, value, lowest, highest, beside in rows}
 
@@ -116,14 +116,14 @@ def dice_scores(counts: np.ndarray) -> np.ndarray:
         return np.where(said + true == 0, 1.0, 2 * common / np.where(said + true == 0, 1, said + true))
 
 
-def _labels(split: LabeledSplit, scores: np.ndarray, exclusive: bool) -> Measure:
-    labels, count = split.labels, len(split.targets)
+def _labels(known: Annotations, scores: np.ndarray, exclusive: bool) -> Measure:
+    labels, count = known.labels, len(known.targets)
     single = [i for i in range(count) if not ((labels[:, i] == 0).any() and (labels[:, i] == 1).any())]
     kinds = {"auroc": auroc_statistic, "ap": average_precision_statistic}
     columns = {kind: [make(labels[:, i], scores[:, i]) for i in range(count)] for kind, make in kinds.items()}
     right = mean_statistic((labels.argmax(axis=1) == scores.argmax(axis=1)).astype(float))
     sizes = [{"n": int((labels[:, i] >= 0).sum()), "positives": int((labels[:, i] == 1).sum())} for i in range(count)]
-    macro = {"n": len(split), "labels": count - len(single), "not_defined": [split.targets[i] for i in single]}
+    macro = {"n": len(known), "labels": count - len(single), "not_defined": [known.targets[i] for i in single]}
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         values = []
@@ -132,38 +132,38 @@ def _labels(split: LabeledSplit, scores: np.ndarray, exclusive: bool) -> Measure
             values += [nan_mean(each), *each]
         return np.array([*values, *(right(weights) if exclusive else [])], dtype=np.float64)
 
-    names = [name for kind in kinds for name in (f"{kind}_macro", *(f"{kind}/{target}" for target in split.targets))]
+    names = [name for kind in kinds for name in (f"{kind}_macro", *(f"{kind}/{target}" for target in known.targets))]
     beside = [*([macro, *sizes] * len(kinds))]
-    return Measure(names + ["accuracy"] * exclusive, statistic, beside + [{"n": len(split)}] * exclusive)
+    return Measure(names + ["accuracy"] * exclusive, statistic, beside + [{"n": len(known)}] * exclusive)
 
 
-def _dice(split: LabeledSplit, counts: np.ndarray, batch: int) -> Measure:
+def _dice(known: Annotations, counts: np.ndarray, batch: int) -> Measure:
     scores = dice_scores(counts)
     base = None
     if batch:
         numbers = np.arange(len(scores)) // batch
         base = 1.0 / np.bincount(numbers)[numbers]
     means = mean_statistic(scores, base)
-    known = (~np.isnan(scores)).sum(axis=0)
+    drawn = (~np.isnan(scores)).sum(axis=0)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         each = np.asarray(means(weights))
         return np.array([nan_mean(each), *each])
 
-    undefined = [name for name, n in zip(split.masks, known, strict=True) if not n]
-    macro = {"n": len(split), "labels": len(split.masks) - len(undefined), "not_defined": undefined}
-    names = ["dice_macro", *(f"dice/{name}" for name in split.masks)]
-    empty = [int((counts[:, i, 2] == 0).sum()) for i in range(len(split.masks))]
-    each = [{"n": int(n), "empty": e} for n, e in zip(known, empty, strict=True)]
+    undefined = [name for name, n in zip(known.targets, drawn, strict=True) if not n]
+    macro = {"n": len(known), "labels": len(known.targets) - len(undefined), "not_defined": undefined}
+    names = ["dice_macro", *(f"dice/{name}" for name in known.targets)]
+    empty = [int((counts[:, i, 2] == 0).sum()) for i in range(len(known.targets))]
+    each = [{"n": int(n), "empty": e} for n, e in zip(drawn, empty, strict=True)]
     return Measure(names, statistic, [macro, *each])
 
 
-def _boxes(split: LabeledSplit, answers: np.ndarray, *, skips: bool) -> Measure:
+def _boxes(known: Annotations, answers: np.ndarray, *, skips: bool) -> Measure:
     found = [rows[rows[:, 4] > 0] for rows in answers]
-    classes = len(split.targets)
-    precisions = average_precisions_statistic(found, split.boxes, split.box_labels, classes=classes)
+    classes = len(known.targets)
+    precisions = average_precisions_statistic(found, known.boxes, known.box_labels, classes=classes)
     counted = np.array(
-        [bool(len(boxes) and len(rows)) or not skips for boxes, rows in zip(split.boxes, found, strict=True)]
+        [bool(len(boxes) and len(rows)) or not skips for boxes, rows in zip(known.boxes, found, strict=True)]
     )
     half = THRESHOLDS.index(0.5)
 
@@ -172,11 +172,11 @@ def _boxes(split: LabeledSplit, answers: np.ndarray, *, skips: bool) -> Measure:
         each, at_half = table.mean(axis=1), table[:, half]
         return np.array([nan_mean(each), *each, nan_mean(at_half), *at_half])
 
-    there = [int(sum((labels == i).sum() for labels in split.box_labels)) for i in range(classes)]
-    undefined = [name for name, boxes in zip(split.targets, there, strict=True) if not boxes]
+    there = [int(sum((labels == i).sum() for labels in known.box_labels)) for i in range(classes)]
+    undefined = [name for name, boxes in zip(known.targets, there, strict=True) if not boxes]
     macro = {"n": int(counted.sum()), "labels": classes - len(undefined), "not_defined": undefined}
     names = [
-        name for kind in ("ap", "ap50") for name in (f"{kind}_macro", *(f"{kind}/{target}" for target in split.targets))
+        name for kind in ("ap", "ap50") for name in (f"{kind}_macro", *(f"{kind}/{target}" for target in known.targets))
     ]
     each = [{"n": int(counted.sum()), "boxes": boxes} for boxes in there]
     return Measure(names, statistic, [macro, *each] * 2)
