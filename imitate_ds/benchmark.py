@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imitate_ds.benchmark_config import BenchmarkConfig, load_benchmark_config
+from imitate_ds.benchmark_config import BenchmarkConfig, BenchmarkEvaluation, load_benchmark_config
 from imitate_ds.data.shard_index import open_index
 from imitate_ds.data.split_lists import Part, make_split_lists
-from imitate_ds.evaluate import evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
+from imitate_ds.evaluate import Protocol, evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
 from imitate_ds.evaluation.benchmark_table import Entry, write_benchmark
 from imitate_ds.finetune_config import FinetuneConfig
 from imitate_ds.run_file import dump_settings
@@ -36,7 +36,10 @@ class Cell(NamedTuple):
     @property
     def path(self) -> Path:
         """Of its run file, beside its folder."""
-        return self.config.run_dir.with_suffix(".yaml")
+        return self.beside(".yaml")
+
+    def beside(self, ending: str) -> Path:
+        return self.config.run_dir.with_name(self.config.name + ending)
 
 
 def benchmark(
@@ -55,7 +58,9 @@ def benchmark(
     (config.folder / "runs.txt").write_text("".join(f"{cell.path}\n" for cell in cells))
     if prepare:
         count, listed = len(cells), config.folder / "runs.txt"
-        say(f"{count} run files, listed in {listed}: RUNS={listed} sbatch --array=0-{count - 1} ... launch/finetune.sbatch")
+        say(
+            f"{count} run files, listed in {listed}: RUNS={listed} sbatch --array=0-{count - 1} ... launch/finetune.sbatch"
+        )
         return []
     with ThreadPoolExecutor(jobs) as pool:
         places = (f"{number}/{len(cells)}" for number in range(1, len(cells) + 1))
@@ -116,7 +121,7 @@ def _run(cell: Cell, place: str, say: Say) -> bool:
     if read_run_state(cell.config.run_dir).get("state") == "finished":
         return True
     say(f"{place}  {cell.config.name}")
-    log = cell.path.with_suffix(".log")
+    log = cell.beside(".log")
     command = [sys.executable, "-m", "imitate_ds.finetune", "--config", str(cell.path), "--set", "train.resume=true"]
     with log.open("a") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
@@ -133,11 +138,15 @@ def _evaluations(config: BenchmarkConfig, say: Say) -> dict[tuple[str, str], dic
             if not settings.get("init"):
                 continue
             say(f"{name}, {encoder}")
-            given = {"split": plan.split, "protocol": config.protocol}
-            place = Path(settings["init"]), Path(plan.shards), config.folder / "evaluations" / f"{name}-{encoder}"
-            if plan.task == "retrieval":
-                found[name, encoder] = evaluate_retrieval(*place, **given)
-            else:
-                measure = evaluate_zero_shot if plan.task == "zero-shot" else evaluate_grounding
-                found[name, encoder] = measure(*place, **given, branch=plan.branch)
+            folder = config.folder / "evaluations" / f"{name}-{encoder}"
+            found[name, encoder] = _evaluate(plan, Path(settings["init"]), folder, config.protocol)
     return found
+
+
+def _evaluate(plan: BenchmarkEvaluation, model: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
+    shards, split = Path(plan.shards), plan.split
+    if plan.task == "retrieval":
+        return evaluate_retrieval(model, shards, out, split, protocol)
+    if plan.task == "zero-shot":
+        return evaluate_zero_shot(model, shards, out, split, protocol, branch=plan.branch)
+    return evaluate_grounding(model, shards, out, split, protocol, branch=plan.branch)

@@ -48,8 +48,8 @@ class BenchmarkConfig(Section):
     protocol: Literal["strict", "reference"] = "strict"
     seeds: Seeds = (0, 1, 2)  # of head, order, views and drawn labels
     encoders: dict[Named, dict[str, Any]]  # as `encoder` of a run file: {init: EXPORT}, or {model: {...}}
-    tasks: dict[Named, BenchmarkTask] = {}
-    evaluations: dict[Named, BenchmarkEvaluation] = {}
+    tasks: dict[Named, BenchmarkTask] = Field(default_factory=dict)
+    evaluations: dict[Named, BenchmarkEvaluation] = Field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

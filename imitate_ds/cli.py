@@ -355,7 +355,9 @@ def splits_make(
     part: Annotated[list[str], typer.Option("--part", help="NAME=LOW:HIGH, a range of shares, as in train=0:0.9")],
     split: Annotated[str, typer.Option(help="The split that is taken apart.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Of the random order.")] = 0,
-    unit: Annotated[Literal["patient", "sample"], typer.Option(help="What is drawn; sample, as papers do.")] = "patient",
+    unit: Annotated[
+        Literal["patient", "sample"], typer.Option(help="What is drawn; sample, as papers do.")
+    ] = "patient",
 ) -> None:
     """Parts of a split as lists of keys with a checksum: label shares, or a validation part."""
     from imitate_ds.data.shard_index import open_index

@@ -1,5 +1,6 @@
 """What a model said of every sample, as a Parquet table: keys and hashes, no ids and no text. The only import of pyarrow."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,19 @@ def write_predictions(path: Path, kind: str, split: LabeledSplit, answers: np.nd
     """
     columns = {"key": pa.array(split.keys), "patient": pa.array(split.patients.tolist())}
     make = {"classification": _labels, "segmentation": _masks, "detection": _boxes}[kind]
-    table = pa.table({**columns, **make(split, answers)})
+    _write(path, pa.table({**columns, **make(split, answers)}))
+
+
+def join_predictions(path: Path, runs: Mapping[str, Path]) -> None:
+    """One table of many, with the name of the run in the first column; a column that a run has not is null there."""
+    tables = []
+    for name, source in runs.items():
+        table = pq.read_table(source)
+        tables.append(table.add_column(0, "run", pa.array([name] * table.num_rows)))
+    _write(path, pa.concat_tables(tables, promote_options="default") if tables else pa.table({"run": pa.array([])}))
+
+
+def _write(path: Path, table: pa.Table) -> None:
     beside = path.with_name(f".{path.name}")
     pq.write_table(table, beside)
     beside.replace(path)

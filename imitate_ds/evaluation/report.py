@@ -122,12 +122,12 @@ def _retrieval_table(metrics: dict[str, dict]) -> str:
         "of the query, mean over classes; duplicate texts stay separate candidates there. Chance: a random order. Blind: "
         "the best answer that is the same for every query.</small></p>"
     )
-    return _table(["level / direction", *columns], body) + note
+    return html_table(["level / direction", *columns], body) + note
 
 
 def _retrieval_cell(cell: dict[str, dict]) -> str:
     levels = [f"{name} {_number(cell[name]['value'])}" for name in ("chance", "blind") if name in cell]
-    return (_with_interval(cell[""]) if "" in cell else "") + f"<br><small>{', '.join(levels)}</small>"
+    return (with_interval(cell[""]) if "" in cell else "") + f"<br><small>{', '.join(levels)}</small>"
 
 
 def _label_table(metrics: dict[str, dict]) -> str:
@@ -142,14 +142,14 @@ def _label_table(metrics: dict[str, dict]) -> str:
         first = next(iter(row.values()))
         size = first["n"] if "positives" not in first else f"{first['positives']} of {first['n']}"
         body.append(
-            [escape(label), str(size), *(_with_interval(row[column]) if column in row else "" for column in columns)]
+            [escape(label), str(size), *(with_interval(row[column]) if column in row else "" for column in columns)]
         )
     undefined = max((len(value.get("not_defined", [])) for value in metrics.values()), default=0)
     note = f"<p><small>{undefined} labels have one value only in this split: not defined, left out of the mean.</small></p>"
-    return _table(["label", "positive", *columns], body) + (note if undefined else "")
+    return html_table(["label", "positive", *columns], body) + (note if undefined else "")
 
 
-def _with_interval(value: dict) -> str:
+def with_interval(value: dict) -> str:
     if value["value"] is None:
         return "<small>not defined</small>"
     interval = "" if value["low"] is None else f" <small>[{_number(value['low'])}, {_number(value['high'])}]</small>"
@@ -161,7 +161,7 @@ def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.3f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def html_table(header: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
