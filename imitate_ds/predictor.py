@@ -28,6 +28,7 @@ from imitate_ds.finetune_config import EncoderConfig, TaskConfig
 from imitate_ds.heads.classification import ClassificationHead
 from imitate_ds.heads.detection import DetectionHead, Found
 from imitate_ds.heads.segmentation import SegmentationHead
+from imitate_ds.heads.yolo import YoloHead
 from imitate_ds.hub import load_model
 from imitate_ds.models.adaptation import TaskModel, merge_updates
 from imitate_ds.models.image_encoder import ImageEncoder
@@ -84,6 +85,8 @@ def build_head(task: TaskConfig, encoder: ImageEncoder, targets: int) -> nn.Modu
         return ClassificationHead(channels, targets, hidden=hidden, exclusive=task.exclusive)
     if task.kind == "segmentation":
         return SegmentationHead(channels, reductions, targets, decoder=name)
+    if name == "yolov3":
+        return YoloHead(channels, reductions, targets)
     return DetectionHead(channels, reductions, targets, kind=name)
 
 

@@ -12,6 +12,7 @@ from imitate_ds.heads.classification import ClassificationHead
 from imitate_ds.heads.detection import DetectionHead
 from imitate_ds.heads.pyramid import Pyramid
 from imitate_ds.heads.segmentation import SegmentationHead
+from imitate_ds.heads.yolo import YoloHead
 from imitate_ds.models.image_encoder import ImageEncoder
 
 SIZE = 64
@@ -37,6 +38,12 @@ def batch(size: tuple[int, int] = (SIZE, SIZE), count: int = 2, **given) -> Labe
     labels = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8).repeat(-(-count // 2), 1)[:count]
     made = LabeledBatch([str(i) for i in range(count)], images, labels, masks, boxes, box_labels, 0)
     return made._replace(**given)
+
+
+def detector(kind: str, backbone: ImageEncoder, classes: int = 2, width: int = 32) -> DetectionHead | YoloHead:
+    if kind == "yolov3":
+        return YoloHead(backbone.channels, backbone.reductions, classes, width=width)
+    return DetectionHead(backbone.channels, backbone.reductions, classes, kind=kind, width=width)
 
 
 def loss_of(head, outputs, made: LabeledBatch) -> dict[str, torch.Tensor]:
@@ -155,11 +162,11 @@ def test_the_loss_of_masks_is_the_published_one_where_it_is_known():
     assert (logits.grad[~known] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "yolov3"])
 def test_detection_learns(kind):
     backbone = encoder()
     torch.manual_seed(0)
-    head = DetectionHead(backbone.channels, backbone.reductions, 2, kind=kind, width=32)
+    head = detector(kind, backbone)
     made = batch()
     _, last, found = learn(head, made, backbone, steps=200, lr=1e-3)
     assert math.isfinite(last)
@@ -168,11 +175,11 @@ def test_detection_learns(kind):
         assert (each.boxes[0] - made.boxes[i][0]).abs().max() < 4  # pixels
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "yolov3"])
 @pytest.mark.parametrize("name", ["resnet10t", "test_vit"])
 def test_an_image_without_boxes_is_background(kind, name):
     backbone = encoder(name, 160)
-    head = DetectionHead(backbone.channels, backbone.reductions, 2, kind=kind, width=32)
+    head = detector(kind, backbone)
     empty = batch((160, 160), boxes=[torch.zeros(0, 4)] * 2, box_labels=[torch.zeros(0, dtype=torch.int64)] * 2)
     with torch.no_grad():
         levels = backbone(empty.images)
@@ -196,7 +203,7 @@ def test_levels_of_one_grid_become_a_pyramid():
     assert [*halving.parameters()] == []
 
 
-@pytest.mark.parametrize("kind", ["linear", "exclusive", "unet", "retinanet", "fcos"])
+@pytest.mark.parametrize("kind", ["linear", "exclusive", "unet", "retinanet", "fcos", "yolov3"])
 def test_sums_of_parts_add_up_to_those_of_the_whole(kind):
     """So the loss of ranks that hold different numbers of samples is that of one process."""
     torch.manual_seed(0)
@@ -210,7 +217,7 @@ def test_sums_of_parts_add_up_to_those_of_the_whole(kind):
         "linear": lambda: ClassificationHead(backbone.channels, 2),
         "exclusive": lambda: ClassificationHead(backbone.channels, 2, exclusive=True),
         "unet": lambda: SegmentationHead(backbone.channels, backbone.reductions, 1),
-    }.get(kind, lambda: DetectionHead(backbone.channels, backbone.reductions, 2, kind=kind, width=64))().eval()
+    }.get(kind, lambda: detector(kind, backbone, width=64))().eval()
 
     def sums(rows: slice) -> dict[str, torch.Tensor]:
         part = LabeledBatch(*(values[rows] for values in made[:-1]), step=made.step)  # type: ignore[arg-type]
