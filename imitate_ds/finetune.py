@@ -32,6 +32,7 @@ from imitate_ds.distributed import (
 )
 from imitate_ds.evaluation.predictions import write_predictions
 from imitate_ds.evaluation.report import write_result
+from imitate_ds.evaluation.task_curves import task_curves, worst_samples
 from imitate_ds.evaluation.task_scores import answers_of, figures_of, measure
 from imitate_ds.finetune_config import FinetuneConfig, load_finetune_config
 from imitate_ds.metrics import DRAWS, SEED, Figures
@@ -243,6 +244,7 @@ class Finetuning(Plan):
         """results.json, report.html and predictions in the folder of the run; the figures, with intervals."""
         config = self.config
         figures = self._figures(split, answers, draws=DRAWS)
+        worst = worst_samples(config.task.kind, split, answers, exclusive=config.task.exclusive)
         write_predictions(config.run_dir / f"predictions.{split.split}.parquet", config.task.kind, split, answers)
         settings = {
             "targets": list(split.targets),
@@ -259,7 +261,8 @@ class Finetuning(Plan):
             "data": split.describe(),
             "settings": settings,
             "metrics": figures,
-            "curves": {},
+            "curves": task_curves(config.task.kind, split, answers, exclusive=config.task.exclusive),
+            "worst": {"measure": worst.measure, "keys": [split.keys[i] for i in worst.places], "values": worst.values},
         }
         write_result(config.run_dir, result)
         return figures

@@ -183,6 +183,22 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, points: int = 101) -> tupl
     return grid.round(4).tolist(), rates[1][right].round(4).tolist()
 
 
+def precision_recall_curve(
+    labels: np.ndarray, scores: np.ndarray, points: int = 101
+) -> tuple[list[float], list[float]]:
+    """For a picture: recalls at `points` even steps, and the precision at the highest threshold that reaches each.
+
+    labels [n]: 1, 0, or anything else (left out); there must be a positive. Nothing is interpolated.
+    """
+    positives, negatives = (side[::-1] for side in _counts_by_score(labels, scores)(np.ones(len(labels))))
+    found = np.cumsum(positives)
+    precision = found / (found + np.cumsum(negatives))
+    grid = np.linspace(0, 1, points)
+    # whole counts: a recall of 0.3 is reached by 3 of 10, which as a quotient of floats may lie below
+    places = np.searchsorted(found, np.ceil(grid * found[-1] - 1e-9), side="left")
+    return grid.round(4).tolist(), precision[places].round(4).tolist()
+
+
 def bootstrap_by_patient(
     statistic: Statistic, patients: Sequence[str] | np.ndarray, draws: int = DRAWS, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -30,9 +30,47 @@ def average_precisions_statistic(
     curves = [_curve_of_class(found, boxes, box_labels, label, thresholds) for label in range(classes)]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        return np.stack([curve(weights) for curve in curves])
+        return np.stack([curve(weights).mean(axis=1) for curve in curves])
 
     return statistic
+
+
+def precision_curves(
+    found: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    box_labels: Sequence[np.ndarray],
+    *,
+    classes: int,
+    threshold: float = 0.5,
+) -> np.ndarray:
+    """Precision [classes, 101] at RECALLS, whose means are the AP at one IoU; NaN for a class without boxes."""
+    ones = np.ones(len(found))
+    curves = [_curve_of_class(found, boxes, box_labels, label, [threshold]) for label in range(classes)]
+    return np.stack([curve(ones)[0] for curve in curves])
+
+
+def count_wrong_boxes(
+    found: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    box_labels: Sequence[np.ndarray],
+    *,
+    classes: int,
+    threshold: float = 0.5,
+    score: float = 0.5,
+) -> np.ndarray:
+    """Of each image, int64 [n], how many boxes were missed and how many detections of a score from `score` on are wrong."""
+    wrong = np.zeros(len(found), np.int64)
+    for image, (each, true, labels) in enumerate(zip(found, boxes, box_labels, strict=True)):
+        for label in range(classes):
+            mine, there = _surest_first(each[each[:, 4] >= score], label), true[labels == label]
+            right = int(_hits(mine[:, :4], there, [threshold]).sum())
+            wrong[image] += len(mine) + len(there) - 2 * right
+    return wrong
+
+
+def _surest_first(found: np.ndarray, label: int) -> np.ndarray:
+    mine = found[found[:, 5] == label]
+    return mine[np.argsort(-mine[:, 4], kind="stable")]
 
 
 def _curve_of_class(
@@ -42,11 +80,11 @@ def _curve_of_class(
     label: int,
     thresholds: Sequence[float],
 ) -> Callable[[np.ndarray], np.ndarray]:
+    """Weights [n] of the images -> precision [thresholds, 101] at RECALLS, 0 at those not reached."""
     scores, images, hits = [], [], []
     there = np.array([(labels == label).sum() for labels in box_labels])
     for image, (each, true, labels) in enumerate(zip(found, boxes, box_labels, strict=True)):
-        mine = each[each[:, 5] == label]
-        mine = mine[np.argsort(-mine[:, 4], kind="stable")]
+        mine = _surest_first(each, label)
         scores.append(mine[:, 4])
         images.append(np.full(len(mine), image))
         hits.append(_hits(mine[:, :4], true[labels == label], thresholds))
@@ -56,19 +94,17 @@ def _curve_of_class(
     def curve(weights: np.ndarray) -> np.ndarray:
         total, here = float(there @ weights), weights[image_of][:, None].astype(np.float64)
         if not total:
-            return np.full(len(thresholds), np.nan)
+            return np.full((len(thresholds), len(RECALLS)), np.nan)
         right, wrong = np.cumsum(hit * here, axis=0), np.cumsum(~hit * here, axis=0)
         precision = right / np.maximum(right + wrong, TINY)
         precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-        return np.array([_read_at_recalls(right[:, t] / total, precision[:, t]) for t in range(len(thresholds))])
+        return np.stack([_read_at_recalls(right[:, t] / total, precision[:, t]) for t in range(len(thresholds))])
 
     return curve
 
 
-def _read_at_recalls(recall: np.ndarray, precision: np.ndarray) -> float:
-    places = np.searchsorted(recall, RECALLS, side="left")
-    reached = places < len(recall)
-    return float(precision[places[reached]].sum() / len(RECALLS))
+def _read_at_recalls(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    return np.append(precision, 0.0)[np.searchsorted(recall, RECALLS, side="left")]
 
 
 def _hits(detections: np.ndarray, boxes: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from imitate_ds.data.shard_index import write_atomic
 from imitate_ds.evaluation.figure_names import RETRIEVAL_METRIC, place_of
-from imitate_ds.evaluation.report_pictures import auroc_picture, retrieval_picture, training_picture
+from imitate_ds.evaluation.report_pictures import auroc_picture, retrieval_picture, task_picture, training_picture
 
 RESULTS, REPORT, RECORDS = "results.json", "report.html", "metrics.jsonl"
 
@@ -97,10 +97,11 @@ def _task_section(result: dict[str, Any]) -> str:
     )
     retrieval = result["task"] == "retrieval"
     table = _retrieval_table(result["metrics"]) if retrieval else _label_table(result["metrics"])
-    picture = retrieval_picture(result) if retrieval else auroc_picture(result)
+    picture = retrieval_picture(result) if retrieval else auroc_picture(result) + task_picture(result)
+    tables = _confusion_table(result.get("curves", {})) + _worst_table(result.get("worst", {}))
     details = json.dumps({key: result.get(key) for key in ("model", "data", "settings")}, indent=1)
     return (
-        f"<h2>{escape(result['task'].capitalize())}</h2><p>{escape(about)}</p>{table}{picture}"
+        f"<h2>{escape(result['task'].capitalize())}</h2><p>{escape(about)}</p>{table}{picture}{tables}"
         f"<details><summary>Settings</summary><pre>{escape(details)}</pre></details>"
     )
 
@@ -147,6 +148,41 @@ def _label_table(metrics: dict[str, dict]) -> str:
     undefined = max((len(value.get("not_defined", [])) for value in metrics.values()), default=0)
     note = f"<p><small>{undefined} labels have one value only in this split: not defined, left out of the mean.</small></p>"
     return html_table(["label", "positive", *columns], body) + (note if undefined else "")
+
+
+def _confusion_table(curves: dict[str, dict]) -> str:
+    """Of exclusive classes, classes against classes; of labels a row each, with the calibration error."""
+    if "confusion" in curves:
+        classes, counts = (curves["confusion"][what] for what in ("classes", "counts"))
+        rows = [[escape(name), *map(str, row)] for name, row in zip(classes, counts, strict=True)]
+        return html_table(["true class (columns: the likeliest one)", *classes], rows) + _calibration_note(curves)
+    rows = []
+    for name, curve in curves.items():
+        kind, _, label = name.partition("/")
+        if kind == "confusion":
+            (right_negative, false), (missed, right_positive) = curve["counts"]
+            error = _number(curves.get(f"calibration/{label}", {}).get("ece"))
+            rows.append([escape(label), *map(str, (right_positive, missed, false, right_negative)), error])
+    header = ["at 0.5", "true positive", "false negative", "false positive", "true negative", "ECE"]
+    return html_table(header, rows) + _calibration_note(curves) if rows else ""
+
+
+def _calibration_note(curves: dict[str, dict]) -> str:
+    if not any(name.startswith("calibration/") for name in curves):
+        return ""
+    return (
+        "<p><small>0.5 and the likeliest class are not chosen on what is scored. ECE, expected calibration error: over ten bins "
+        "of equal width, weighed by their numbers, the mean distance of probability and share that is positive.</small></p>"
+    )
+
+
+def _worst_table(worst: dict[str, Any]) -> str:
+    """Keys alone: who may see the radiograph can look it up."""
+    if not worst:
+        return ""
+    values = [str(value) if isinstance(value, int) else _number(value) for value in worst["values"]]
+    rows = [[f"<code>{escape(key)}</code>", value] for key, value in zip(worst["keys"], values, strict=True)]
+    return html_table(["worst samples, by key", worst["measure"]], rows)
 
 
 def with_interval(value: dict) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from imitate_ds.evaluation.figure_names import place_of
 
+KINDS = ("pr", "calibration", "dice")  # of the curves of a fine-tuned task, beside ROC
 MOST_CURVES = 12  # of training on the page; the rest are in TensorBoard
 
 
@@ -38,8 +39,7 @@ def auroc_picture(result: dict[str, Any]) -> str:
 
     def draw_rocs(axes: Axes) -> None:
         for number, (name, curve) in enumerate(curves.items()):
-            style = {"ls": ("-", "--", ":")[number // 10 % 3], "color": f"C{number % 10}", "lw": 1.2}
-            label = name.removeprefix("roc/")
+            style, label = _style(number), name.removeprefix("roc/")
             axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label, **style)
         axes.plot([0, 1], [0, 1], color="0.7", lw=0.8)
         axes.set(xlabel="false-positive rate", ylabel="true-positive rate", aspect="equal")
@@ -56,6 +56,38 @@ def auroc_picture(result: dict[str, Any]) -> str:
 
     panels = {f"ROC {last}".strip(): draw_rocs, f"95 % intervals {last}".strip(): draw_intervals}
     return _picture(panels, "ROC curves and AUROC intervals") if curves and bars else ""
+
+
+def task_picture(result: dict[str, Any]) -> str:
+    """Of a fine-tuned task: precision and recall and calibration of all labels, or a panel for the Dice of each mask."""
+    curves = result.get("curves", {})
+    precisions, calibrations, dices = ([name for name in curves if name.startswith(f"{kind}/")] for kind in KINDS)
+
+    def draw_precisions(axes: Axes) -> None:
+        for number, name in enumerate(precisions):
+            axes.plot(curves[name]["recall"], curves[name]["precision"], label=name.partition("/")[2], **_style(number))
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+        axes.legend(fontsize=6, ncols=2 if len(precisions) > 10 else 1)
+
+    def draw_calibrations(axes: Axes) -> None:
+        for number, name in enumerate(calibrations):
+            curve = curves[name]
+            label = f"{name.partition('/')[2]} (ECE {curve['ece']:.3f})"
+            axes.plot(curve["predicted"], curve["observed"], marker=".", label=label, **_style(number))
+        axes.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+        axes.set(xlabel="mean probability of a bin", ylabel="share that is positive", aspect="equal")
+        axes.legend(fontsize=6, ncols=2 if len(calibrations) > 10 else 1)
+
+    def draw_dice(axes: Axes, curve: dict[str, Any]) -> None:
+        axes.stairs(curve["counts"], curve["edges"], fill=True)
+        axes.axvline(curve["quartiles"][1], color="0.3", lw=0.8, ls="--")
+        axes.set(xlabel="Dice of an image (dashed: median)", ylabel="images", xlim=(0, 1))
+
+    at = ", IoU 0.5" if result["task"] == "detection" else ""
+    panels: dict[str, Callable[[Axes], None]] = {f"Precision and recall{at}": draw_precisions} if precisions else {}
+    panels |= {"Calibration, ten bins": draw_calibrations} if calibrations else {}
+    panels |= {name.partition("/")[2]: lambda axes, c=curves[name]: draw_dice(axes, c) for name in dices}
+    return _picture(panels, "Curves of the task")
 
 
 def training_picture(records: list[dict[str, Any]]) -> str:
@@ -83,6 +115,10 @@ def training_picture(records: list[dict[str, Any]]) -> str:
     chosen = sorted(panels, key=rank)[:MOST_CURVES]
     drawn = {name: lambda axes, lines=panels[name]: draw(axes, lines) for name in chosen}
     return _picture(drawn, "Training curves")
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"ls": ("-", "--", ":")[number // 10 % 3], "color": f"C{number % 10}", "lw": 1.2}
 
 
 def _picture(panels: dict[str, Callable[[Axes], None]], text: str) -> str:

@@ -116,6 +116,11 @@ def dice_scores(counts: np.ndarray) -> np.ndarray:
         return np.where(said + true == 0, 1.0, 2 * common / np.where(said + true == 0, 1, said + true))
 
 
+def detections_of(answers: np.ndarray) -> list[np.ndarray]:
+    """Of each image [k, 6] without what fills up."""
+    return [rows[rows[:, 4] > 0] for rows in answers]
+
+
 def _labels(known: Annotations, scores: np.ndarray, exclusive: bool) -> Measure:
     labels, count = known.labels, len(known.targets)
     single = [i for i in range(count) if not ((labels[:, i] == 0).any() and (labels[:, i] == 1).any())]
@@ -159,7 +164,7 @@ def _dice(known: Annotations, counts: np.ndarray, batch: int) -> Measure:
 
 
 def _boxes(known: Annotations, answers: np.ndarray, *, skips: bool) -> Measure:
-    found = [rows[rows[:, 4] > 0] for rows in answers]
+    found = detections_of(answers)
     classes = len(known.targets)
     precisions = average_precisions_statistic(found, known.boxes, known.box_labels, classes=classes)
     counted = np.array(

@@ -51,6 +51,14 @@ def _zero_shot():
     return _result("zero-shot", metrics, {}, False)
 
 
+def _tuned(kind, curves, measure, metrics=None):
+    worst = {"measure": measure, "keys": ["00000000000000aa", "00000000000000bb"], "values": [2.5, 0.25]}
+    return _result(kind, metrics or {}, curves, False) | {"worst": worst}
+
+
+CALIBRATION = {"predicted": [0.2, 0.8], "observed": [0.1, 0.9], "counts": [30, 10], "ece": 0.1}
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -158,3 +166,53 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
         write_result(tmp_path, _retrieval())
     assert (tmp_path / "results.json").read_text() == content
     assert not (tmp_path / "report.html").exists()
+
+
+def _rows(out):
+    rows = re.findall(r"<tr>(.*?)</tr>", _text(out))
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_a_tuned_classifier_shows_errors_calibration_and_its_worst_cases(tmp_path):
+    curves = {
+        "roc/a<b": {"false_positive_rate": [0, 1], "true_positive_rate": [0, 1]},
+        "pr/a<b": {"recall": [0, 1], "precision": [1, 0.5]},
+        "calibration/a<b": CALIBRATION,
+        "confusion/a<b": {"threshold": 0.5, "counts": [[20, 5], [3, 12]]},
+    }
+    metrics = {"auroc/a<b": figure(0.7, 0.6, 0.8, n=40, positives=15)}
+    write_result(tmp_path, _tuned("classification", curves, "cross-entropy", metrics))
+    rows = _rows(tmp_path)
+    assert ["a&lt;b", "12", "3", "5", "20", "0.100"] in rows
+    assert rows[-3:] == [
+        ["worst samples, by key", "cross-entropy"],
+        ["00000000000000aa", "2.500"],
+        ["00000000000000bb", "0.250"],
+    ]
+    assert "ten bins" in _text(tmp_path)
+    assert _text(tmp_path).count("<img") == 2
+
+
+def test_exclusive_classes_stand_against_each_other(tmp_path):
+    curves = {
+        "confusion": {"classes": ["normal", "viral"], "counts": [[8, 2], [1, 9]]},
+        "calibration/viral": CALIBRATION,
+    }
+    write_result(tmp_path, _tuned("classification", curves, "cross-entropy"))
+    assert ["normal", "8", "2"] in _rows(tmp_path)
+    assert ["viral", "1", "9"] in _rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "curve"),
+    [
+        ("segmentation", {"dice/lungs": {"edges": [0, 0.5, 1], "counts": [1, 3], "quartiles": [0.6, 0.7, 0.8]}}),
+        ("detection", {"pr/nodule": {"recall": [0, 1], "precision": [1, 0], "iou": 0.5}}),
+    ],
+)
+def test_masks_and_boxes_are_drawn_once(tmp_path, kind, curve):
+    write_result(tmp_path, _tuned(kind, curve, "m"))
+    assert _text(tmp_path).count("<img") == 1
+    parser = _Links()
+    parser.feed(_text(tmp_path))
+    assert parser.open == []
