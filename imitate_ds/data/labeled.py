@@ -31,10 +31,8 @@ from imitate_ds.data.worker_processes import in_workers
 from imitate_ds.finetune_config import LabeledAugmentConfig, LabeledDataConfig, TaskConfig
 
 UNKNOWN = -2  # a label that a study does not say anything about; -1 is uncertain
-OUTSIDE, UNSAID = (
-    63,
-    191,
-)  # grey levels of a stored mask: up to, outside; above the second, inside; between, nobody says
+# Grey levels of a stored mask: up to the first it is outside, above the second inside; between them nobody says.
+OUTSIDE, UNSAID = 63, 191
 
 
 @dataclass(frozen=True, kw_only=True)

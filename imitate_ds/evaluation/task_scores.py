@@ -67,7 +67,7 @@ def _rows(answer: Any, batch: LabeledBatch, split: LabeledSplit) -> Tensor:
     known, true, said = batch.masks != IGNORED, batch.masks == 1, answer >= SURE
     said = said & known
     counts = torch.stack([(said & true).sum((2, 3)), said.sum((2, 3)), true.sum((2, 3))], dim=2).double()
-    return counts.masked_fill(~known.any(dim=(2, 3))[..., None].cpu().to(counts.device), torch.nan)
+    return counts.masked_fill(~known.any(dim=(2, 3))[..., None], torch.nan)
 
 
 def _padded(found: Any, scale: float) -> Tensor:
