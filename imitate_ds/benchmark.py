@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imitate_ds.benchmark_config import BenchmarkConfig, BenchmarkEvaluation, load_benchmark_config
+from imitate_ds.data.labeled import open_labeled
 from imitate_ds.data.shard_index import open_index
 from imitate_ds.data.split_lists import Part, make_split_lists
 from imitate_ds.evaluate import Protocol, evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
@@ -93,13 +94,15 @@ def _lists(config: BenchmarkConfig, task: str, share: float, seed: int) -> dict[
     plan = config.tasks[task]
     if share == 1 and not plan.val_share:
         return {}
-    data = config.run_of(task, next(iter(config.encoders)), plan.train[0], seed).data
+    run = config.run_of(task, next(iter(config.encoders)), plan.train[0], seed)
+    index, data = open_index(run.data.shards), run.data
+    annotated = set(open_labeled(index, data.train_split, run.task, data).keys)
     parts = {f"{share:g}": Part(0, share * (1 - plan.val_share))}
     if plan.val_share:
         parts["val"] = Part(1 - plan.val_share, 1)
     folder = config.folder / "lists" / task / str(seed)
     unit = "patient" if config.protocol == "strict" else "sample"
-    make_split_lists(open_index(data.shards), data.train_split, parts, folder, seed=seed, unit=unit)
+    make_split_lists(index, data.train_split, parts, folder, seed=seed, unit=unit, among=annotated)
     lists = {"train_list": str(folder / f"{share:g}.txt")}
     return lists | ({"val_split": data.train_split, "val_list": str(folder / "val.txt")} if plan.val_share else {})
 

@@ -6,7 +6,7 @@ A part is a range of shares in a random order of the patients. Ranges that do no
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,13 +44,21 @@ def parse_part(text: str) -> tuple[str, Part]:
 
 
 def make_split_lists(
-    index: ShardIndex, split: str, parts: Mapping[str, Part], out: Path, *, seed: int = 0, unit: Unit = "patient"
+    index: ShardIndex,
+    split: str,
+    parts: Mapping[str, Part],
+    out: Path,
+    *,
+    seed: int = 0,
+    unit: Unit = "patient",
+    among: Collection[str] | None = None,
 ) -> dict[str, int]:
     """Write out/NAME.txt for every part; how many samples each has.
 
-    unit: what is drawn. Samples, as papers do, put a patient on both sides. Raises ValueError where a part would be empty.
+    among: keys of samples, such as those that are annotated for a task; None: all of the split. unit: what is drawn. Samples, as papers do, put a patient on both sides. Raises ValueError where a part would be empty.
     """
     members = [member for shard in index.of_split(split) for member in shard.members]
+    members = members if among is None else [member for member in members if member.key in among]
     units = np.array([member.patient if unit == "patient" else member.key for member in members])
     names = np.unique(units)
     # as in shard_plan.py: raw words of PCG64, which NumPy promises to keep

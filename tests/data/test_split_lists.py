@@ -30,6 +30,14 @@ def test_parts_share_no_patient_and_lie_within_each_other(phantom_shards, tmp_pa
     assert set(read(tmp_path / "other", "tenth", index)) != lists["tenth"]
 
 
+def test_shares_of_what_is_annotated(phantom_shards, tmp_path):
+    index = load_index(phantom_shards)
+    some = {member.key for member in index.of_split("train")[0].members}
+    make_split_lists(index, "train", {"all": Part(0, 1), "part": Part(0, 0.5)}, tmp_path, among=some)
+    assert set(read(tmp_path, "all", index)) == some
+    assert set(read(tmp_path, "part", index)) < some
+
+
 def test_samples_may_be_drawn_instead(phantom_shards, tmp_path):
     index = load_index(phantom_shards)
     counts = make_split_lists(index, "train", {"part": Part(0, 0.5)}, tmp_path, unit="sample")
