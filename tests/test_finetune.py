@@ -26,6 +26,7 @@ TASKS = {
     "segmentation": {"kind": "segmentation", "targets": ["lungs", "heart"]},
     "detection": {"kind": "detection"},
 }
+STAGES = {"classification": "zero2", "segmentation": "zero3", "detection": "zero2"}
 METRICS = {"classification": "auroc_macro", "segmentation": "dice_macro", "detection": "ap_macro"}
 
 
@@ -74,15 +75,22 @@ def records(folder, split="train"):
 def test_two_ranks_with_unlike_shares_equal_one(run_file, alone, kind):
     """61 samples a step are 31 and 30; whole encoder, in a model whose steps do not depend on how a batch is cut."""
     settings = {"encoder": {"train": "full"}, "train": {"batch_norm": "freeze", "eval_every": 2}}
+    drawn = 0 if kind == "classification" else 2
     path, folder = run_file("two", kind, **settings)
-    run("imitate_ds.finetune", "--config", str(path), "--set", "train.deepspeed=zero2")
+    overrides = [f"train.deepspeed={STAGES[kind]}", f"report_images={drawn}"]
+    run("imitate_ds.finetune", "--config", str(path), *(part for item in overrides for part in ("--set", item)))
     path, one = run_file("one", kind, **settings)
     found = alone(path)
     for two, expected in zip(records(folder), records(one), strict=True):
         for name in ("loss", "gradient_norm"):
             assert two[name] == pytest.approx(expected[name], rel=1e-3)
     assert [r["step"] for r in records(folder, "val")] == [6]
-    metrics = json.loads((folder / "results.json").read_text())["results"][0]["metrics"]
+    (result,) = json.loads((folder / "results.json").read_text())["results"]
+    overlays = sorted(path.stem for path in folder.glob("overlays/*.png"))
+    assert overlays == sorted(result["worst"]["keys"][:drawn])
+    assert len(result["worst"]["keys"]) == result["data"]["samples"] < 10
+    assert result["curves"]
+    metrics = result["metrics"]
     value = metrics[METRICS[kind]]["value"]
     assert value == pytest.approx(found[f"test/{METRICS[kind]}"], abs=0.02)
     assert metrics[METRICS[kind]]["low"] <= value <= metrics[METRICS[kind]]["high"]
@@ -180,6 +188,7 @@ def test_refusals_name_key_value_and_what_to_do(run_file, alone, phantom_shards,
     refused(ValueError, r"data\.val_split = 'vall': .*it has: train, val, test", "data.val_split=vall")
     refused(ValueError, r"task\.head|head = 'unet': must be one of linear, mlp", "task.head=unet")
     refused(ValueError, r"must have init .* or model", "encoder.init=x")
+    refused(ValueError, r"report_images = 3: .* must be 0 for classification", "report_images=3")
     refused(ValueError, r"train\.keep_best = 1: needs validation", "data.val_split=")
     refused(FileNotFoundError, "no such folder", "encoder={init: runs/none/export}")
     assert not folder.exists()
