@@ -452,6 +452,38 @@ def evaluate_grounding(
         _say(f"pictures: {out / 'grounding'} (patient data: keep them where the shards may be)")
 
 
+@evaluate_app.command("compare")
+def evaluate_compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a run that was fine-tuned.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same task and test samples.")],
+    draws: Annotated[
+        int, typer.Option("--draws", help="Of the bootstrap; each takes the same patients for both.")
+    ] = 1000,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where comparison.json goes; only printed otherwise.")
+    ] = None,
+) -> None:
+    """B - A in every metric, with 95 % intervals and p-values by paired bootstrap over patients.
+
+    p is two-sided: min(1, 2 (k + 1) / (draws + 1)), k the smaller of how many differences are at most 0 and at least 0. It is
+    not corrected for how many metrics are looked at.
+    """
+    from imitate_ds import evaluate
+
+    result = evaluate.evaluate_compare(a, b, draws=draws, out=out)
+    table = Table(title=f"{result['task']}: {result['samples']} samples of {result['patients']} patients")
+    for column in ("metric", "A", "B", "B - A", "95 % interval", "p", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, row in result["metrics"].items():
+        values = ["not defined" if row[of] is None else f"{row[of]:.3f}" for of in ("a", "b")]
+        known = row["difference"] is not None and row["low"] is not None
+        change = [f"{row['difference']:+.3f}", f"{row['low']:+.3f} to {row['high']:+.3f}"] if known else ["", ""]
+        table.add_row(escape(name), *values, *change, f"{row['p']:.3f}" if known else "", str(row["n"]))
+    console.print(table)
+    if out:
+        _say(f"written: {out / 'comparison.json'}")
+
+
 def _show(result: dict, out: Path) -> None:
     table = Table(title=f"{result['task']} ({result['protocol']} protocol)")
     for column in ("metric", "value", "95 % interval", "n"):

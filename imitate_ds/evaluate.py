@@ -5,6 +5,7 @@ trained on is refused. `reference`: as papers did, to compare with papers. Every
 over patients.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from imitate_ds.data.shard_index import write_atomic
+from imitate_ds.evaluation.comparison import compare_runs
 from imitate_ds.evaluation.embedded import (
     TextEmbeddings,
     duplicate_groups,
@@ -24,6 +27,7 @@ from imitate_ds.evaluation.label_figures import auroc_figures, roc_curves
 from imitate_ds.evaluation.probe import fit_probe
 from imitate_ds.evaluation.prompt_file import load_prompts
 from imitate_ds.evaluation.prompts import prompt_checksums
+from imitate_ds.evaluation.report import open_out
 from imitate_ds.evaluation.retrieval import Pairs, balanced_places, score_pairs
 from imitate_ds.evaluation.task import (
     Protocol,
@@ -37,7 +41,7 @@ from imitate_ds.evaluation.task import (
 )
 from imitate_ds.evaluation.zero_shot import score_zero_shot
 from imitate_ds.hub import Section
-from imitate_ds.metrics import Figures, Ties
+from imitate_ds.metrics import DRAWS, Figures, Ties
 
 LEVELS = ("impression", "findings", "report")
 SHARES = {"1%": 0.01, "10%": 0.1, "100%": 1.0}  # of the training labels
@@ -192,6 +196,23 @@ def evaluate_grounding(
     }
     metrics = pointing_figures(pointing, records.patients)
     return write_task("grounding", out, protocol, pretrained, records, metrics, settings, {})
+
+
+def evaluate_compare(a: Path, b: Path, *, draws: int = DRAWS, out: Path | None = None) -> dict[str, Any]:
+    """Two fine-tuned runs on the same test samples: per metric b - a, its 95 % interval and p-value, by paired bootstrap.
+
+    Every draw takes the same patients for both. p is two-sided, min(1, 2 (k + 1) / (draws + 1)), k the smaller of how many
+    differences are at most 0 and at least 0; it is of one metric, and not corrected for how many are looked at. Both are
+    measured as `strict` does. With `out` also out/comparison.json.
+    """
+    if draws < 1:
+        raise ValueError(f"--draws {draws}: must be at least 1")
+    if out:
+        open_out(Path(out))
+    found = compare_runs(Path(a), Path(b), draws)
+    if out:
+        write_atomic(Path(out) / "comparison.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    return found
 
 
 def _level(level: str, task: Task, texts: TextEmbeddings, per_class: int) -> Pairs:

@@ -30,9 +30,10 @@ from imitate_ds.distributed import (
     training_device,
     world,
 )
+from imitate_ds.evaluation.overlays import draw_overlays
 from imitate_ds.evaluation.predictions import write_predictions
 from imitate_ds.evaluation.report import write_result
-from imitate_ds.evaluation.task_curves import task_curves, worst_samples
+from imitate_ds.evaluation.task_curves import WORST, Worst, task_curves, worst_samples
 from imitate_ds.evaluation.task_scores import answers_of, figures_of, measure
 from imitate_ds.finetune_config import FinetuneConfig, load_finetune_config
 from imitate_ds.metrics import DRAWS, SEED, Figures
@@ -53,8 +54,8 @@ from imitate_ds.training.schedule import learning_rate, restart_period
 def finetune(config: FinetuneConfig, drain: Drain | None = None) -> dict[str, float]:
     """Train a head, and as much of the encoder as the run file says; score the test split with the best checkpoint; export.
 
-    Returns the last figures. Beside what take_course writes there come results.json, report.html, predictions.TEST.parquet
-    and export/.
+    Returns the last figures. Beside what take_course writes there come results.json, report.html, predictions.TEST.parquet,
+    export/, and with report_images overlays/.
     """
     return take_course(config, _open, drain)
 
@@ -218,6 +219,8 @@ class Finetuning(Plan):
             answers = self._answers(engine, self.test, lambda: False)
             assert answers is not None
             found = from_main(lambda: self._report(self.test, answers, step))  # type: ignore[arg-type]
+            if self.config.report_images:
+                self._draw(engine, self.test, answers)
         self._export(engine, step, found)
         return {f"test/{name}": figure["value"] for name, figure in found.items() if figure["value"] is not None}
 
@@ -244,7 +247,7 @@ class Finetuning(Plan):
         """results.json, report.html and predictions in the folder of the run; the figures, with intervals."""
         config = self.config
         figures = self._figures(split, answers, draws=DRAWS)
-        worst = worst_samples(config.task.kind, split, answers, exclusive=config.task.exclusive)
+        worst = self._worst(split, answers, WORST)
         write_predictions(config.run_dir / f"predictions.{split.split}.parquet", config.task.kind, split, answers)
         settings = {
             "targets": list(split.targets),
@@ -262,10 +265,25 @@ class Finetuning(Plan):
             "settings": settings,
             "metrics": figures,
             "curves": task_curves(config.task.kind, split, answers, exclusive=config.task.exclusive),
-            "worst": {"measure": worst.measure, "keys": [split.keys[i] for i in worst.places], "values": worst.values},
+            "worst": worst._asdict(),
         }
         write_result(config.run_dir, result)
         return figures
+
+    def _worst(self, split: LabeledSplit, answers: np.ndarray, most: int) -> Worst:
+        return worst_samples(self.config.task.kind, split, answers, exclusive=self.config.task.exclusive, most=most)
+
+    def _draw(self, engine: Any, split: LabeledSplit, answers: np.ndarray) -> None:
+        """The worst samples as pictures. A collective, of the same batches on all ranks."""
+        config = self.config
+        keys = from_main(lambda: self._worst(split, answers, config.report_images).keys)
+        batches = build_scoring_loader(
+            split.only(keys),
+            input_size=config.data.input_size,
+            batch_size=len(rank_rows(self.horizon.global_batch_size, 0, world().size)),
+            workers=0,
+        )
+        draw_overlays(config.run_dir / "overlays", engine, engine.module.head.predict, batches)
 
     def _export(self, engine: Any, step: int, figures: Figures) -> None:
         state = full_state_dict(engine)

@@ -120,6 +120,9 @@ class FinetuneConfig(Section):
     task: TaskConfig
     optim: OptimConfig = OptimConfig(lr=5e-4, weight_decay=1e-6)
     train: FinetuneTrainConfig = FinetuneTrainConfig()
+    # How many test samples, the worst first, are drawn with true and predicted outlines or boxes into RUN/overlays/KEY.png.
+    # These are patient data: nobody but the owner may look into that folder. 0: none.
+    report_images: int = Field(default=0, ge=0)
 
     @property
     def run_dir(self) -> Path:
@@ -135,6 +138,11 @@ class FinetuneConfig(Section):
             raise ValueError(
                 f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "
                 "train.keep_best: 0 and train.patience: 0"
+            )
+        if self.report_images and (self.task.kind == "classification" or not self.data.test_split):
+            raise ValueError(
+                f"report_images = {self.report_images}: draws masks or boxes of the test split; must be 0 for classification, "
+                "and without data.test_split"
             )
         return self
 

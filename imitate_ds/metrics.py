@@ -207,14 +207,37 @@ def bootstrap_by_patient(
     `patients` [n] names each sample's patient. Returns (low, high), each of the statistic's shape; draws in which a
     figure is not defined are left out of its interval, and NaN is returned where that is all of them.
     """
+    return interval(bootstrap_values(statistic, patients, draws, seed))
+
+
+def bootstrap_values(
+    statistic: Statistic, patients: Sequence[str] | np.ndarray, draws: int = DRAWS, seed: int = SEED
+) -> np.ndarray:
+    """The statistic of every draw of bootstrap_by_patient: float64 [draws, ...]."""
     count, member = _patients(patients)
     rng = np.random.default_rng(seed)
     weights = (np.bincount(rng.integers(count, size=count), minlength=count)[member] for _ in range(draws))
-    values = np.array([statistic(w) for w in weights], dtype=np.float64)
+    return np.array([statistic(w) for w in weights], dtype=np.float64)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval over draws [draws, ...]; NaN where none is defined."""
     defined = ~np.isnan(values).all(axis=0)
     bounds = np.full((2, *values.shape[1:]), np.nan)
     bounds[:, defined] = np.nanpercentile(values[:, defined], [2.5, 97.5], axis=0)
     return bounds[0], bounds[1]
+
+
+def bootstrap_p(differences: np.ndarray) -> np.ndarray:
+    """Two-sided p-value of no difference, from draws [draws, M] -> [M].
+
+    With R draws in which it is defined: min(1, 2 (k + 1) / (R + 1)), k the smaller of how many are at most 0 and at least 0.
+    The ones keep it from 0, which so many draws cannot show ("Bootstrap Methods and their Application", Davison and Hinkley,
+    1997, eq. 4.11).
+    """
+    known = (~np.isnan(differences)).sum(axis=0)
+    fewer = np.minimum((differences <= 0).sum(axis=0), (differences >= 0).sum(axis=0))
+    return np.where(known > 0, np.minimum(1.0, 2 * (fewer + 1) / (known + 1)), np.nan)
 
 
 def figure(value: float, low: float = math.nan, high: float = math.nan, *, n: int, **more: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ TASKS = {
     "segmentation": {"kind": "segmentation", "targets": ["lungs", "heart"]},
     "detection": {"kind": "detection"},
 }
+STAGES = {"classification": "zero2", "segmentation": "zero3", "detection": "zero2"}
 METRICS = {"classification": "auroc_macro", "segmentation": "dice_macro", "detection": "ap_macro"}
 
 
@@ -43,6 +44,7 @@ def run_file(tmp_path, phantom_shards):
             "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0} | settings.get("data", {}),
             "task": TASKS[kind] | settings.get("task", {}),
             "optim": {"lr": 1e-3},
+            "report_images": settings.get("report_images", 0),
             "train": {"global_batch_size": 61, "epochs": 2, "log_every": 1, **settings.get("train", {})},
         }
         path = tmp_path / f"{name}.yaml"
@@ -74,8 +76,12 @@ def records(folder, split="train"):
 
 def test_two_ranks_with_unlike_shares_equal_one(run_file, alone):
     """61 samples a step are 31 and 30; whole encoder, in a model whose steps do not depend on how a batch is cut."""
-    settings = {"encoder": {"train": "full"}, "train": {"batch_norm": "freeze", "eval_every": 2, "deepspeed": "zero2"}}
-    pairs = {kind: run_file(f"two-{kind}", kind, **settings) for kind in TASKS}
+    settings = {"encoder": {"train": "full"}, "train": {"batch_norm": "freeze", "eval_every": 2}}
+    pairs = {}
+    for kind, stage in STAGES.items():
+        train = {**settings["train"], "deepspeed": stage}
+        drawn = 0 if kind == "classification" else 2
+        pairs[kind] = run_file(f"two-{kind}", kind, **{**settings, "train": train, "report_images": drawn})
     run("tests.finetune_worker", *(str(path) for path, _ in pairs.values()))
     for kind, (_, folder) in pairs.items():
         path, one = run_file(f"one-{kind}", kind, **settings)
@@ -84,7 +90,13 @@ def test_two_ranks_with_unlike_shares_equal_one(run_file, alone):
             for name in ("loss", "gradient_norm"):
                 assert two[name] == pytest.approx(expected[name], rel=1e-3), kind
         assert [r["step"] for r in records(folder, "val")] == [6]
-        metrics = json.loads((folder / "results.json").read_text())["results"][0]["metrics"]
+        (result,) = json.loads((folder / "results.json").read_text())["results"]
+        drawn = 0 if kind == "classification" else 2
+        overlays = sorted(path.stem for path in folder.glob("overlays/*.png"))
+        assert overlays == sorted(result["worst"]["keys"][:drawn])
+        assert len(result["worst"]["keys"]) == result["data"]["samples"] < 10
+        assert result["curves"]
+        metrics = result["metrics"]
         value = metrics[METRICS[kind]]["value"]
         assert value == pytest.approx(found[f"test/{METRICS[kind]}"], abs=0.02), kind
         assert metrics[METRICS[kind]]["low"] <= value <= metrics[METRICS[kind]]["high"]
@@ -185,6 +197,7 @@ def test_refusals_name_key_value_and_what_to_do(run_file, alone, phantom_shards,
     refused(ValueError, r"data\.val_split = 'vall': .*it has: train, val, test", "data.val_split=vall")
     refused(ValueError, r"task\.head|head = 'unet': must be one of linear, mlp", "task.head=unet")
     refused(ValueError, r"must have init .* or model", "encoder.init=x")
+    refused(ValueError, r"report_images = 3: .* must be 0 for classification", "report_images=3")
     refused(ValueError, r"train\.keep_best = 1: needs validation", "data.val_split=")
     refused(FileNotFoundError, "no such folder", "encoder={init: runs/none/export}")
     assert not folder.exists()

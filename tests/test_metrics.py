@@ -14,6 +14,8 @@ from imitate_ds.metrics import (
     average_precision_statistic,
     blind_recall_at_k,
     bootstrap_by_patient,
+    bootstrap_p,
+    bootstrap_values,
     chance_recall_at_k,
     f1_statistic,
     figure,
@@ -182,6 +184,20 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
         low, high = bootstrap_by_patient(mean_statistic(values), np.arange(80), draws=300, seed=seed)
         covered += int(low[0] <= 0 <= high[0])
     assert 85 <= covered <= 99
+
+
+def test_p_is_small_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    small = 0
+    for seed in range(200):
+        differences = bootstrap_values(mean_statistic(rng.normal(size=80)), np.arange(80), draws=199, seed=seed)
+        small += int(bootstrap_p(differences)[0] <= 0.1)
+    assert 10 <= small <= 32
+
+
+def test_p_is_never_nought_and_counts_what_is_defined():
+    draws = np.array([[1.0, -1, 0, np.nan, 1], [2, 1, 0, np.nan, np.nan], [3, 1, 0, np.nan, np.nan]])
+    np.testing.assert_allclose(bootstrap_p(draws), [2 / 4, 4 / 4, 1, np.nan, 2 / 2])
 
 
 def test_samples_of_one_patient_go_together():

@@ -55,7 +55,8 @@ def make_split_lists(
 ) -> dict[str, int]:
     """Write out/NAME.txt for every part; how many samples each has.
 
-    among: keys of samples, such as those that are annotated for a task; None: all of the split. unit: what is drawn. Samples, as papers do, put a patient on both sides. Raises ValueError where a part would be empty.
+    among: keys of samples, such as those that are annotated for a task; None: all of the split. unit: what is drawn.
+    Samples, as papers do, put a patient on both sides. Raises ValueError where a part would be empty.
     """
     members = [member for shard in index.of_split(split) for member in shard.members]
     members = members if among is None else [member for member in members if member.key in among]

@@ -1,7 +1,6 @@
 """The table of a benchmark: results.json, predictions.parquet and report.html from the folders of its runs."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imitate_ds.data.shard_index import write_atomic
-from imitate_ds.evaluation.predictions import join_predictions
+from imitate_ds.evaluation.predictions import join_predictions, read_predictions
 from imitate_ds.evaluation.report import PAGE, REPORT, RESULTS, html_table, load_results, with_interval
-from imitate_ds.metrics import Figures
+from imitate_ds.evaluation.task_scores import Measure, measure
+from imitate_ds.metrics import Figures, bootstrap_by_patient, figure
 
 MAIN = (
     "auroc_macro",
@@ -61,14 +61,9 @@ def _predictions(entry: Entry) -> list[Path]:
 
 
 def _row(group: list[Entry]) -> dict[str, Any]:
-    """Mean and deviation over seeds of every figure."""
+    """Of every figure the mean over seeds, its interval by patient, and the deviation over seeds."""
     results = [_result(entry) for entry in group]
-    first = group[0]
-    figures: Figures = {}
-    for metric in results[0]["metrics"]:
-        each = [result["metrics"][metric] for result in results]
-        figures[metric] = _over_seeds(each)
-    train = results[0]["settings"]["train"]
+    first, train = group[0], results[0]["settings"]["train"]
     return {
         "task": first.task,
         "encoder": first.encoder,
@@ -78,21 +73,39 @@ def _row(group: list[Entry]) -> dict[str, Any]:
         "head": results[0]["model"]["head"],
         "training": {name: train[name] for name in ("source", "samples", "patients", "synthetic")},
         "test": results[0]["data"],
-        "metrics": figures,
+        "metrics": _over_seeds(group, results),
     }
 
 
-def _over_seeds(each: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of the values, and of the bounds of their intervals by patient; the deviation of the values."""
-    mean = {name: _mean([figure[name] for figure in each]) for name in ("value", "low", "high")}
-    known = [figure["value"] for figure in each if figure["value"] is not None]
-    spread = {"std": round(float(np.std(known, ddof=1)), 6)} if len(known) > 1 else {}
-    return {**each[0], **mean, **spread, "draws": len(each)}
+def _over_seeds(group: list[Entry], results: list[dict[str, Any]]) -> Figures:
+    """The same drawn patients for all seeds, so that an interval is that of the mean."""
+    measured, patients = zip(*map(_measure, group, results), strict=True)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        return np.stack([one.statistic(weights) for one in measured]).mean(axis=0)
+
+    low, high = bootstrap_by_patient(mean, patients[0])
+    figures: Figures = {}
+    for place, metric in enumerate(measured[0].names):
+        each = np.array([result["metrics"][metric]["value"] for result in results], dtype=np.float64)  # None is NaN
+        more = {
+            name: value for name, value in results[0]["metrics"][metric].items() if name not in ("value", "low", "high")
+        }
+        if len(each) > 1 and np.isfinite(each).all():
+            more |= {"std": round(float(each.std(ddof=1)), 6), "draws": len(each)}
+        figures[metric] = figure(float(each.mean()), low[place], high[place], **more)
+    return figures
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(math.fsum(known) / len(known), 6) if known else None
+def _measure(entry: Entry, result: dict[str, Any]) -> tuple[Measure, np.ndarray]:
+    """How the predictions of a run are measured, and their patients; samples stand in the order of their keys."""
+    run, targets = result["settings"]["run"], tuple(result["settings"]["targets"])
+    kind, exclusive = result["task"], run["task"]["exclusive"]
+    (path,) = _predictions(entry)
+    known, answers = read_predictions(path, kind, targets)
+    batch = run["train"]["global_batch_size"] or run["train"]["micro_batch_size"]
+    reference = batch if result["protocol"] == "reference" else 0
+    return measure(kind, known, answers, exclusive=exclusive, reference=reference), known.patients
 
 
 def _result(entry: Entry) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _page(name: str, protocol: str, rows: list[dict[str, Any]], measured: list[d
         for task in dict.fromkeys(r["task"] for r in rows)
     ]
     parts += [_evaluation_table(one) for one in measured]
-    note = f"<p>Protocol {protocol}. Mean and deviation over seeds; in brackets the mean of their 95 % intervals by patient.</p>"
+    note = f"<p>Protocol {protocol}. Mean and deviation over seeds; in brackets 95 % intervals of the mean, by patient.</p>"
     return PAGE.format(title=f"imitate_ds: {escape(name)}", flag=flag, body=note + "\n".join(parts))
 
 

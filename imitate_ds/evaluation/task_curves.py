@@ -25,10 +25,10 @@ Curves = dict[str, dict[str, Any]]
 
 
 class Worst(NamedTuple):
-    """The worst samples, worst first."""
+    """Samples, worst first."""
 
     measure: str
-    places: list[int]  # in the order of the annotations
+    keys: list[str]
     values: list[float]
 
 
@@ -57,7 +57,7 @@ def worst_samples(
         measure, values, sign = "missed and false boxes", wrong, -1
     order = np.argsort(sign * values, kind="stable")
     chosen = order[~np.isnan(values[order])][:most]
-    return Worst(measure, chosen.tolist(), values[chosen].round(6).tolist())
+    return Worst(measure, [known.keys[i] for i in chosen], values[chosen].round(6).tolist())
 
 
 def calibration_curve(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:

@@ -12,6 +12,7 @@ FREE_SETTINGS = {
     "name",
     "output_dir",
     "share",
+    "report_images",
     "data.shards",  # folders may move; their builds, weights and embeddings may not change
     "data.val_split",
     "data.val_list",

@@ -127,7 +127,7 @@ def test_the_mean_of_the_drawn_precision_is_the_ap(boxed):
 def test_the_worst_by_boxes_have_most_of_them_wrong(boxed):
     known, answers = boxed
     worst = worst_samples("detection", known, answers)
-    assert worst.places == [3, 1, 0, 2]
+    assert worst.keys == [known.keys[i] for i in (3, 1, 0, 2)]
     assert worst.values == [3, 1, 0, 0]  # missed, and two false ones: the unsure one does not count
 
 
@@ -136,14 +136,14 @@ def test_the_worst_by_loss_and_by_dice():
     scores = np.array([[0.9, 0.1], [0.2, 0.99], [0.5, 0.5], [0.0, 1.0]])
     known = annotations(("a", "b"), 4, labels=labels)
     worst = worst_samples("classification", known, scores)
-    assert worst.places == [3, 1, 0]  # nobody says anything about the third
+    assert worst.keys == [known.keys[i] for i in (3, 1, 0)]  # nobody says anything about the third
     assert worst.values[1:] == pytest.approx([-np.log(0.2), -np.log(0.9)], abs=1e-6)
     one_of = annotations(("a", "b"), 2, labels=np.array([[1, 0], [0, 1]], np.int8))
     worst = worst_samples("classification", one_of, np.array([[0.7, 0.3], [0.6, 0.4]]), exclusive=True)
     assert worst.values == pytest.approx([-np.log(0.4), -np.log(0.7)], abs=1e-6)
     counts = np.array([[[10, 10, 10], [5, 10, 10]], [[np.nan] * 3, [2, 10, 10]]])
     worst = worst_samples("segmentation", annotations(("a", "b"), 2), counts, most=1)
-    assert (worst.places, worst.values) == ([1], [0.2])
+    assert (worst.keys, worst.values) == (["0000000000000001"], [0.2])
 
 
 def test_all_of_it_is_plain(labelled, boxed):
