@@ -4,11 +4,7 @@ It resumes, steps, validates, saves, stops where it is asked to, and tells in fi
 what, is the Plan's.
 """
 
-import argparse
-import os
 import re
-import sys
-import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +15,12 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from imitate_ds.distributed import from_main, init_world, leave_world, max_over_ranks, world
+from imitate_ds.distributed import from_main, init_world, max_over_ranks, world
 from imitate_ds.flight import flight
 from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
-from imitate_ds.training.drain import Drain, listening
+from imitate_ds.training.drain import Drain
 from imitate_ds.training.engine import Step, average_batch_norm_statistics, build_engine, set_training_mode
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
@@ -150,41 +146,6 @@ def take_course(
         raise
     finally:
         heart.stop()
-
-
-def run_entrance(
-    name: str,
-    about: str | None,
-    load: Callable[[Path, list[str]], Any],
-    work: Callable[[Any, Drain], object],
-    arguments: list[str] | None,
-) -> None:
-    """The command line of every rank. What is wrong with the input is one clear message and status 2; a bug is a traceback.
-
-    Either way the process ends at once: a rank that lingers would leave the others waiting in a collective.
-    """
-    parser = argparse.ArgumentParser(prog=name, description=about)
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    given = parser.parse_args(arguments)
-    rank, status = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"), 1
-    try:
-        config = load(given.config, given.set)
-        os.umask(0o077 if config.share == "private" else 0o027)  # for all that the run writes
-        with listening() as drain:
-            work(config, drain)
-        status = 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        if type(error) in EXPECTED and not os.environ.get("IMITATE_DS_TRACEBACK"):
-            status = 2
-            print(f"{name}: rank {rank}: {error}\n(IMITATE_DS_TRACEBACK=1 shows where)", file=sys.stderr)
-        else:
-            raise
-    finally:
-        if status == 1:
-            traceback.print_exc()
-        leave_world(status)
 
 
 def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict[str, float]:
