@@ -17,6 +17,7 @@ from torch import Tensor
 from imitate_ds.data.radiographs import load_radiograph, prepare_radiograph
 
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
+SIZES = {"image_size": int, "input_size": int}  # what PREPROCESSOR must hold
 AGAIN = "copy the export again, or export the run again"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,11 +39,14 @@ def find_export(folder: str | Path, *, how: str) -> Path:
     return root
 
 
-def read_settings(root: Path, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """CONFIG and PREPROCESSOR of an export. Raises ValueError where it is not one of this form."""
+def read_settings(root: Path, form: str, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """CONFIG and PREPROCESSOR of an export. Raises ValueError where it is not one of this form, or lacks what is wanted."""
     settings, preprocessing = _read_json(root / CONFIG), _read_json(root / PREPROCESSOR)
     if settings.get("format") != form:
         raise ValueError(f"{root / CONFIG}: format = {settings.get('format')!r}: must be {form!r}")
+    for name, content, keys in ((CONFIG, settings, wanted), (PREPROCESSOR, preprocessing, SIZES)):
+        if lacking := [key for key, kind in keys.items() if not isinstance(content.get(key), kind)]:
+            raise ValueError(f"{root / name}: lacks {', '.join(lacking)}; {AGAIN}")
     return settings, preprocessing
 
 

@@ -17,8 +17,6 @@ from imitate_ds.data.transforms import eval_view
 from imitate_ds.export_folder import (
     AGAIN,
     CARD,
-    CONFIG,
-    PREPROCESSOR,
     WEIGHTS,
     find_export,
     load_square,
@@ -36,7 +34,6 @@ CARD_FIELDS = ("data", "synthetic", "image_size")
 # what the two files must hold; build_id, train_split and text_encoder are missing in older exports
 SETTINGS = {"preset": str, "impression_text": str, "temperature": float | int, "text_width": int, "input_size": int}
 SETTINGS |= {"data": str, "synthetic": bool, "model": dict}
-SIZES = {"image_size": int, "input_size": int}
 HOW = "a run exports at its end to runs/NAME/export (finish it with --set train.resume=true)"
 
 LSA_LICENCE = """`text_encoder/terms.json` holds words and pairs of words that occur in the training reports, so this folder
@@ -297,10 +294,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
     Raises FileNotFoundError when there is no such export, ValueError when it is not one that this version reads.
     """
     root = find_export(folder, how=HOW)
-    settings, preprocessing = read_settings(root, FORMAT)
-    for name, content, wanted in ((CONFIG, settings, SETTINGS), (PREPROCESSOR, preprocessing, SIZES)):
-        if lacking := [key for key, kind in wanted.items() if not isinstance(content.get(key), kind)]:
-            raise ValueError(f"{root / name}: lacks {', '.join(lacking)}; {AGAIN}")
+    settings, preprocessing = read_settings(root, FORMAT, SETTINGS)
     try:
         config = ModelConfig.model_validate(settings["model"])
         weights = load_file(root / WEIGHTS)

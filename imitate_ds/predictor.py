@@ -15,8 +15,6 @@ from imitate_ds.data.transforms import eval_view
 from imitate_ds.export_folder import (
     AGAIN,
     CARD,
-    CONFIG,
-    PREPROCESSOR,
     WEIGHTS,
     find_export,
     load_square,
@@ -37,7 +35,6 @@ FORMAT = "imitate_ds.task/1"
 HOW = "a fine-tuning run exports at its end to runs/NAME/export"
 DEFAULT_SIZE = 224  # pixels, of an encoder that was not pre-trained here
 SETTINGS = {"task": dict, "targets": list, "model": dict, "input_size": int}
-SIZES = {"image_size": int, "input_size": int}
 
 
 class Origin(NamedTuple):
@@ -166,10 +163,7 @@ def load_predictor(folder: str | Path, device: torch.device | str = "cpu") -> Pr
     Raises FileNotFoundError when there is no such export, ValueError when it is not one that this version reads.
     """
     root = find_export(folder, how=HOW)
-    settings, preprocessing = read_settings(root, FORMAT)
-    for name, content, wanted in ((CONFIG, settings, SETTINGS), (PREPROCESSOR, preprocessing, SIZES)):
-        if lacking := [key for key, kind in wanted.items() if not isinstance(content.get(key), kind)]:
-            raise ValueError(f"{root / name}: lacks {', '.join(lacking)}; {AGAIN}")
+    settings, preprocessing = read_settings(root, FORMAT, SETTINGS)
     try:
         task = TaskConfig.model_validate({**settings["task"], "targets": tuple(settings["targets"])})
         plain = ModelConfig.model_validate(settings["model"]).model_copy(update={"weights": "none"})

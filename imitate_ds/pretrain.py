@@ -25,8 +25,9 @@ from imitate_ds.recipe import (
     train_step,
     with_operands,
 )
-from imitate_ds.training.course import Plan, run_entrance, take_course
+from imitate_ds.training.course import Plan, take_course
 from imitate_ds.training.drain import Drain
+from imitate_ds.training.entrance import run_entrance
 from imitate_ds.training.loop import StepOutput
 from imitate_ds.training.schedule import learning_rate, restart_period
 

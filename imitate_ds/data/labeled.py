@@ -4,7 +4,6 @@ What a batch holds is a function of seed and step, the same for any number of ra
 say nothing about the task are counted, and a damaged one stops the run, for a figure over most of a split is none of the split.
 """
 
-import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -62,18 +61,9 @@ class LabeledSplit(Annotations):
     not_annotated: int = 0  # samples of the split that say nothing about the task
 
     def describe(self) -> dict[str, Any]:
-        """What a result file says about the data: enough to tell whether two results are of the same samples."""
-        keys = "\n".join(sorted(self.keys)).encode()
-        return {
-            "source": self.index.source,
-            "synthetic": self.index.synthetic,
-            "build_id": self.index.build_id,
-            "split": self.split,
-            "split_hash": hashlib.sha256(keys).hexdigest()[:16],
-            "samples": len(self.keys),
-            "patients": len(np.unique(self.patients)),
-            "not_annotated": self.not_annotated,
-        }
+        """For a result file (ShardIndex.describe)."""
+        about = self.index.describe(self.split, self.keys, self.patients.tolist())
+        return about | {"not_annotated": self.not_annotated}
 
     def only(self, keys: Sequence[str]) -> "LabeledSplit":
         """Those of a list of keys, in index order."""

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -68,6 +68,18 @@ class ShardIndex:
         """Have files fetched in the background, where they are not here."""
         if self.store:
             self.store.prefetch(files)
+
+    def describe(self, split: str, keys: Sequence[str], patients: Collection[str]) -> dict:
+        """What a result file says about samples of a split: enough to tell whether two results are of the same ones."""
+        return {
+            "source": self.source,
+            "synthetic": self.synthetic,
+            "build_id": self.build_id,
+            "split": split,
+            "split_hash": hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16],
+            "samples": len(keys),
+            "patients": len(set(patients)),
+        }
 
     @property
     def splits(self) -> tuple[str, ...]:

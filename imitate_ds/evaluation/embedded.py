@@ -4,7 +4,6 @@ Texts are read to tell which ones are duplicates, and go no further than this mo
 """
 
 import difflib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -63,17 +62,8 @@ class SplitRecords:
         return replace(self, labels=labels)
 
     def describe(self) -> dict:
-        """What a result file says about the data: enough to tell whether two results are of the same samples."""
-        keys = "\n".join(sorted(self.keys)).encode()
-        return {
-            "source": self.index.source,
-            "synthetic": self.index.synthetic,
-            "build_id": self.index.build_id,
-            "split": self.split,
-            "split_hash": hashlib.sha256(keys).hexdigest()[:16],
-            "samples": len(self.keys),
-            "patients": len(np.unique(self.patients)),
-        }
+        """For a result file (ShardIndex.describe)."""
+        return self.index.describe(self.split, self.keys, self.patients.tolist())
 
 
 class TextEmbeddings(NamedTuple):
