@@ -91,7 +91,8 @@ def task_targets(index: ShardIndex, task: TaskConfig) -> tuple[str, ...]:
     }[task.kind]
     if not there:
         raise ValueError(
-            f"task.kind = {task.kind!r}: {index.root} has no {what}; build it from a source that gives them (shards/README.md)"
+            f"task.kind = {task.kind!r}: {index.root} names no {what}; build it from a source that gives them, and again if an "
+            "older version built it (shards/README.md)"
         )
     if missing := [name for name in task.targets if name not in there]:
         raise ValueError(
