@@ -12,7 +12,7 @@ from imitate_ds.data.shard_index import write_atomic
 from imitate_ds.evaluation.predictions import join_predictions, read_predictions
 from imitate_ds.evaluation.report import PAGE, REPORT, RESULTS, html_table, load_results, with_interval
 from imitate_ds.evaluation.task_scores import Measure, measure
-from imitate_ds.metrics import Figures, bootstrap_by_patient, figure
+from imitate_ds.metrics import Figures, bootstrap_by_patient, bootstrap_p, bootstrap_values, figure, interval
 
 MAIN = (
     "auroc_macro",
@@ -34,6 +34,15 @@ class Entry(NamedTuple):
     folder: Path
 
 
+class Place(NamedTuple):
+    """In the table; every seed has a run there."""
+
+    task: str
+    encoder: str
+    train: str
+    share: float
+
+
 def write_benchmark(
     folder: Path,
     name: str,
@@ -42,28 +51,48 @@ def write_benchmark(
     evaluations: Mapping[tuple[str, str], dict[str, Any]],
 ) -> None:
     """Raises ValueError or FileNotFoundError where a run has left no results."""
-    groups: dict[tuple[str, str, str, float], list[Entry]] = {}
+    groups: dict[Place, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.task, entry.encoder, entry.train, entry.share), []).append(entry)
-    rows = [_row(group) for group in groups.values()]
+        groups.setdefault(Place(entry.task, entry.encoder, entry.train, entry.share), []).append(entry)
+    scored = {place: _scored(group) for place, group in groups.items()}
+    rows = [_row(group, scored[place]) for place, group in groups.items()]
+    differences = [_difference(scored, place) for place in scored if _first_encoder(scored, place) != place]
     measured = [{"evaluation": key[0], "encoder": key[1], "result": found} for key, found in evaluations.items()]
-    values = {"name": name, "protocol": protocol, "rows": rows, "evaluations": measured}
+    values = {"name": name, "protocol": protocol, "rows": rows, "differences": differences, "evaluations": measured}
     write_atomic(folder / RESULTS, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
     join_predictions(
         folder / "predictions.parquet",
         {entry.folder.name: path for group in groups.values() for entry in group for path in _predictions(entry)},
     )
-    write_atomic(folder / REPORT, _page(name, protocol, rows, measured).encode())
+    write_atomic(folder / REPORT, _page(name, protocol, rows, differences, measured).encode())
 
 
 def _predictions(entry: Entry) -> list[Path]:
     return sorted(entry.folder.glob("predictions.*.parquet"))
 
 
-def _row(group: list[Entry]) -> dict[str, Any]:
-    """Of every figure the mean over seeds, its interval by patient, and the deviation over seeds."""
+class Scored(NamedTuple):
+    """The runs of one place in the table, one for each seed, on the same test samples."""
+
+    results: list[dict[str, Any]]
+    measured: list[Measure]
+    patients: np.ndarray
+
+    def mean(self, weights: np.ndarray) -> np.ndarray:
+        """Of every figure, over seeds: the same drawn patients for all, so that its interval is that of the mean."""
+        return np.stack([one.statistic(weights) for one in self.measured]).mean(axis=0)
+
+
+def _scored(group: list[Entry]) -> Scored:
     results = [_result(entry) for entry in group]
-    first, train = group[0], results[0]["settings"]["train"]
+    measured, patients = zip(*map(_measure, group, results), strict=True)
+    return Scored(results, list(measured), patients[0])
+
+
+def _row(group: list[Entry], scored: Scored) -> dict[str, Any]:
+    """Of every figure the mean over seeds, its interval by patient, and the deviation over seeds."""
+    first, results = group[0], scored.results
+    train = results[0]["settings"]["train"]
     return {
         "task": first.task,
         "encoder": first.encoder,
@@ -73,28 +102,48 @@ def _row(group: list[Entry]) -> dict[str, Any]:
         "head": results[0]["model"]["head"],
         "training": {name: train[name] for name in ("source", "samples", "patients", "synthetic")},
         "test": results[0]["data"],
-        "metrics": _over_seeds(group, results),
+        "metrics": _over_seeds(scored),
     }
 
 
-def _over_seeds(group: list[Entry], results: list[dict[str, Any]]) -> Figures:
-    """The same drawn patients for all seeds, so that an interval is that of the mean."""
-    measured, patients = zip(*map(_measure, group, results), strict=True)
-
-    def mean(weights: np.ndarray) -> np.ndarray:
-        return np.stack([one.statistic(weights) for one in measured]).mean(axis=0)
-
-    low, high = bootstrap_by_patient(mean, patients[0])
+def _over_seeds(scored: Scored) -> Figures:
+    low, high = bootstrap_by_patient(scored.mean, scored.patients)
     figures: Figures = {}
-    for place, metric in enumerate(measured[0].names):
-        each = np.array([result["metrics"][metric]["value"] for result in results], dtype=np.float64)  # None is NaN
-        more = {
-            name: value for name, value in results[0]["metrics"][metric].items() if name not in ("value", "low", "high")
-        }
+    for place, metric in enumerate(scored.measured[0].names):
+        found = [result["metrics"][metric] for result in scored.results]
+        each = np.array([one["value"] for one in found], dtype=np.float64)  # None is NaN
+        more = {name: value for name, value in found[0].items() if name not in ("value", "low", "high")}
         if len(each) > 1 and np.isfinite(each).all():
             more |= {"std": round(float(each.std(ddof=1)), 6), "draws": len(each)}
         figures[metric] = figure(float(each.mean()), low[place], high[place], **more)
     return figures
+
+
+def _first_encoder(scored: Mapping[Place, Scored], place: Place) -> Place:
+    """The same place in the table, of the encoder that is named first."""
+    return next(other for other in scored if other._replace(encoder=place.encoder) == place)
+
+
+def _difference(scored: Mapping[Place, Scored], place: Place) -> dict[str, Any]:
+    """How much better an encoder is than the first, both drawn the same patients (paired bootstrap)."""
+    first = _first_encoder(scored, place)
+    one, other = scored[first], scored[place]
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return other.mean(weights) - one.mean(weights)
+
+    drawn = bootstrap_values(difference, one.patients)
+    value, (low, high), p = difference(np.ones(len(one.patients))), interval(drawn), bootstrap_p(drawn)
+    figures = {
+        name: figure(
+            value[i], low[i], high[i], n=len(one.patients), p=round(float(p[i]), 4) if np.isfinite(p[i]) else None
+        )
+        for i, name in enumerate(one.measured[0].names)
+        if name in MAIN
+    }
+    return {"task": place.task, "train": place.train, "share": place.share, "a": first.encoder, "b": place.encoder} | {
+        "metrics": figures
+    }
 
 
 def _measure(entry: Entry, result: dict[str, Any]) -> tuple[Measure, np.ndarray]:
@@ -115,7 +164,13 @@ def _result(entry: Entry) -> dict[str, Any]:
     return results[0]
 
 
-def _page(name: str, protocol: str, rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
+def _page(
+    name: str,
+    protocol: str,
+    rows: list[dict[str, Any]],
+    differences: list[dict[str, Any]],
+    measured: list[dict[str, Any]],
+) -> str:
     flag = "Research only, not for clinical use."
     if any(row["test"]["synthetic"] for row in rows):
         flag = (
@@ -125,6 +180,7 @@ def _page(name: str, protocol: str, rows: list[dict[str, Any]], measured: list[d
         _task_table(task, [row for row in rows if row["task"] == task])
         for task in dict.fromkeys(r["task"] for r in rows)
     ]
+    parts += [_differences_table(differences)] if differences else []
     parts += [_evaluation_table(one) for one in measured]
     note = f"<p>Protocol {protocol}. Mean and deviation over seeds; in brackets 95 % intervals of the mean, by patient.</p>"
     return PAGE.format(title=f"imitate_ds: {escape(name)}", flag=flag, body=note + "\n".join(parts))
@@ -144,6 +200,20 @@ def _task_table(task: str, rows: list[dict[str, Any]]) -> str:
     about = f"{test['source']}, split {test['split']}: {test['samples']} radiographs of {test['patients']} patients."
     header = ["encoder", *(f"{metric.replace('_', ' ')}, {share:.0%} of labels" for metric, share in columns)]
     return f"<h2>{escape(task)}</h2><p>{escape(about)}</p>{html_table(header, body)}"
+
+
+def _differences_table(differences: list[dict[str, Any]]) -> str:
+    body = [
+        [
+            escape(f"{one['task']}, {one['train']}, {one['share']:.0%}: {one['b']} - {one['a']}"),
+            metric,
+            with_interval(value),
+            str(value["p"]),
+        ]
+        for one in differences
+        for metric, value in one["metrics"].items()
+    ]
+    return f"<h2>Differences</h2><p>Paired by patient.</p>{html_table(['', 'figure', 'difference', 'p'], body)}"
 
 
 def _evaluation_table(one: dict[str, Any]) -> str:
