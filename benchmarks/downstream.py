@@ -2,8 +2,8 @@
 
     python benchmarks/downstream.py --config launch/runs/benchmark.yaml --jobs 2 --out benchmarks/results/downstream_cpu.json
 
-What `imitate-ds benchmark` does, which goes on where it was stopped. Writes its figures, hashes of splits and settings, with machine,
-date and commit, and nothing of a sample; prints the tables as Markdown.
+What `imitate-ds benchmark` does, which goes on where it was stopped. Writes its figures, hashes of splits and settings, with
+machine, date and commit, and nothing of a sample; prints the tables as Markdown.
 """
 
 import argparse
