@@ -56,7 +56,7 @@ lint: setup
 
 # After a change of dependencies in pyproject.toml: what pip would install today, pinned.
 lock:
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .venv/report.json '.[test,dicom,remote,seg]'
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .venv/report.json '.[test,dicom,remote]'
 	$(BIN)/python -c 'import json; items = [i["metadata"] for i in json.load(open(".venv/report.json"))["install"]]; print(*sorted(m["name"].lower() + "==" + m["version"] for m in items if m["name"] != "imitate-ds"), sep="\n")' > requirements.lock
 
 clean:
