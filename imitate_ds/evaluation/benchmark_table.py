@@ -99,6 +99,7 @@ def _row(group: list[Entry], scored: Scored) -> dict[str, Any]:
         "train": first.train,
         "share": first.share,
         "seeds": [entry.seed for entry in group],
+        "runs": [entry.folder.name for entry in group],
         "head": results[0]["model"]["head"],
         "training": {name: train[name] for name in ("source", "samples", "patients", "synthetic")},
         "test": results[0]["data"],
@@ -199,7 +200,11 @@ def _task_table(task: str, rows: list[dict[str, Any]]) -> str:
     test = rows[0]["test"]
     about = f"{test['source']}, split {test['split']}: {test['samples']} radiographs of {test['patients']} patients."
     header = ["encoder", *(f"{metric.replace('_', ' ')}, {share:.0%} of labels" for metric, share in columns)]
-    return f"<h2>{escape(task)}</h2><p>{escape(about)}</p>{html_table(header, body)}"
+    runs = [f'<a href="runs/{escape(run)}/{REPORT}">{escape(run)}</a>' for row in rows for run in row["runs"]]
+    links = (
+        f"<details><summary>Curves, errors and worst samples of each run</summary><p>{', '.join(runs)}</p></details>"
+    )
+    return f"<h2>{escape(task)}</h2><p>{escape(about)}</p>{html_table(header, body)}{links}"
 
 
 def _differences_table(differences: list[dict[str, Any]]) -> str:

@@ -66,6 +66,7 @@ def test_means_over_seeds_and_paired_differences(tmp_path, kind):
     assert (table.num_rows, set(table["run"].to_pylist())) == (4 * N, {entry.folder.name for entry in entries})
     page = (tmp_path / "report.html").read_text()
     assert "better - plain" in page
+    assert '<a href="runs/better-2/report.html">' in page
     assert "Synthetic data" in page
 
 
