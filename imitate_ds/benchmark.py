@@ -8,6 +8,7 @@ of jobs (launch/finetune.sbatch); the same command without it then makes the tab
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +55,8 @@ def benchmark(
     config = load_benchmark_config(path, overrides)
     os.umask(0o077 if config.share == "private" else 0o027)
     cells = list(_cells(config))
+    if twice := [name for name, count in Counter(cell.config.name for cell in cells).items() if count > 1]:
+        raise ValueError(f"tasks, encoders: two cells of the table would be called {twice[0]}; rename one of them")
     for cell in cells:
         _write_run_file(cell)
     (config.folder / "runs.txt").write_text("".join(f"{cell.path}\n" for cell in cells))

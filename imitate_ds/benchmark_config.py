@@ -36,7 +36,7 @@ class BenchmarkEvaluation(Section):
     """What `imitate-ds evaluate` measures without training, of every encoder that is an export of pre-training."""
 
     task: Evaluation
-    shards: str = Field(min_length=1)
+    shards: str = Field(min_length=1)  # a folder on this machine
     split: str = "val"
     branch: Literal["impression", "findings"] = "impression"  # of zero-shot and grounding
 

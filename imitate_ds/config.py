@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from imitate_ds.run_file import Folder, Section, check_settings, merged, read_settings
 
@@ -49,19 +49,22 @@ class AugmentConfig(Section):
         return value
 
 
-class ShardsConfig(Section):
-    shards: str = Field(min_length=1)  # a folder, or an http(s)://, s3://, ... location of one
-    weight: float = Field(default=1.0, gt=0, le=1000)  # passes over its training split in an epoch
+def _without_secrets(value: str) -> str:
+    """The run file is copied into the run's folder, TensorBoard and messages."""
+    if "://" in value and re.search(r"[@?#]", value.partition("://")[2]):
+        raise ValueError(
+            "must be a URL without user, password, token or query; they go into ~/.netrc, or the environment of the AWS tools"
+        )
+    return value
 
-    @field_validator("shards")
-    @classmethod
-    def _without_secrets(cls, value: str) -> str:
-        """The run file is copied into the run's folder, TensorBoard and messages."""
-        if "://" in value and re.search(r"[@?#]", value.partition("://")[2]):
-            raise ValueError(
-                "must be a URL without user, password, token or query; they go into ~/.netrc, or the environment of the AWS tools"
-            )
-        return value
+
+# A folder of shards, or an http(s)://, s3://, ... location of one
+Location = Annotated[str, Field(min_length=1), AfterValidator(_without_secrets)]
+
+
+class ShardsConfig(Section):
+    shards: Location
+    weight: float = Field(default=1.0, gt=0, le=1000)  # passes over its training split in an epoch
 
 
 class DataConfig(Section):

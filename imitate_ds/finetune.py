@@ -36,6 +36,7 @@ from imitate_ds.evaluation.report import write_result
 from imitate_ds.evaluation.task_curves import WORST, Worst, task_curves, worst_samples
 from imitate_ds.evaluation.task_scores import answers_of, figures_of, measure
 from imitate_ds.finetune_config import FinetuneConfig, load_finetune_config
+from imitate_ds.flight import flight
 from imitate_ds.metrics import DRAWS, SEED, Figures
 from imitate_ds.models.adaptation import TaskModel
 from imitate_ds.models.image_encoder import synchronise_batch_norm
@@ -165,15 +166,20 @@ class Finetuning(Plan):
         model = self._task_model()
         return synchronise_batch_norm(model) if self.batch_norm == "sync" else model
 
-    def _task_model(self) -> TaskModel:
+    def _task_model(self, origin: Origin | None = None) -> TaskModel:
         config, count = self.config, len(self.train.targets)
         size = config.data.input_size
-        return build_task_model(self.origin, config.encoder, config.task, count, input_size=size)
+        return build_task_model(origin or self.origin, config.encoder, config.task, count, input_size=size)
+
+    def _empty_model(self) -> TaskModel:
+        """The same, without looking for any weights."""
+        plain = self.origin.model.model_copy(update={"weights": "none"})
+        return self._task_model(self.origin._replace(model=plain, weights=None))
 
     @cached_property
     def rate_share(self) -> Callable[[str], float]:  # type: ignore[override]
         with torch.device("meta"):
-            return self._task_model().rate_share
+            return self._empty_model().rate_share
 
     def batches(self, start_step: int) -> LabeledBatches:
         here, data = world(), self.config.data
@@ -211,14 +217,19 @@ class Finetuning(Plan):
         return {name: figure["value"] for name, figure in figures.items() if figure["value"] is not None}
 
     def finish(self, engine: Any, checkpoints: Path) -> dict[str, float]:
-        best = find_best_checkpoint(checkpoints, self.best_metric) if self.validates else None
+        chooses = self.validates and self.config.train.keep_best
+        best = find_best_checkpoint(checkpoints, self.best_metric) if chooses else None
+        if chooses and best is None and world().is_main:
+            print(f"no validation gave {self.best_metric}, so the last checkpoint is taken", flush=True)
         step = load_checkpoint(engine, best)["step"] if best else self.horizon.total_steps
         average_batch_norm_statistics(engine.module)
         found: Figures = {}
         if self.test is not None:
             answers = self._answers(engine, self.test, lambda: False)
             assert answers is not None
-            found = from_main(lambda: self._report(self.test, answers, step))  # type: ignore[arg-type]
+            # Every rank has all answers and measures them itself: none waits for minutes in a collective.
+            found = self._figures(self.test, answers, draws=DRAWS)
+            from_main(lambda: self._report(self.test, answers, found, step))  # type: ignore[arg-type]
             if self.config.report_images:
                 self._draw(engine, self.test, answers)
         self._export(engine, step, found)
@@ -243,10 +254,10 @@ class Finetuning(Plan):
         measured = measure(config.task.kind, split, answers, exclusive=config.task.exclusive, reference=reference)
         return figures_of(measured, split, draws=draws)
 
-    def _report(self, split: LabeledSplit, answers: np.ndarray, step: int) -> Figures:
-        """results.json, report.html and predictions in the folder of the run; the figures, with intervals."""
+    def _report(self, split: LabeledSplit, answers: np.ndarray, figures: Figures, step: int) -> None:
+        """results.json, report.html and predictions in the folder of the run."""
         config = self.config
-        figures = self._figures(split, answers, draws=DRAWS)
+        flight.begin("report")
         worst = self._worst(split, answers, WORST)
         write_predictions(config.run_dir / f"predictions.{split.split}.parquet", config.task.kind, split, answers)
         settings = {
@@ -254,6 +265,7 @@ class Finetuning(Plan):
             "train": self.train.describe(),
             "val": self.val.describe() if self.val else None,
             "step": step,
+            "global_batch_size": self.horizon.global_batch_size,
             "run": config.model_dump(mode="json"),
             "bootstrap": {"draws": DRAWS, "seed": SEED, "unit": "patient", "interval": "95 % percentile"},
         }
@@ -268,7 +280,6 @@ class Finetuning(Plan):
             "worst": worst._asdict(),
         }
         write_result(config.run_dir, result)
-        return figures
 
     def _worst(self, split: LabeledSplit, answers: np.ndarray, most: int) -> Worst:
         return worst_samples(self.config.task.kind, split, answers, exclusive=self.config.task.exclusive, most=most)
@@ -290,7 +301,7 @@ class Finetuning(Plan):
         if not world().is_main:
             return
         config, index = self.config, self.train.index
-        model = self._task_model()
+        model = self._empty_model()
         model.load_state_dict(state)
         settings = {
             "task": config.task.model_dump(mode="json"),

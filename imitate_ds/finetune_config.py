@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imitate_ds.config import ModelConfig, OptimConfig, TrainConfig
+from imitate_ds.config import Location, ModelConfig, OptimConfig, TrainConfig
 from imitate_ds.run_file import Folder, Section, check_settings, read_settings
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -55,7 +55,7 @@ class LabeledAugmentConfig(Section):
 
 
 class LabeledDataConfig(Section):
-    shards: str = Field(min_length=1)  # a folder made by `imitate-ds shards build`; no text embeddings are needed
+    shards: Location  # a folder, or a URL, made by `imitate-ds shards build`; no text embeddings are needed
     train_split: str = "train"
     val_split: str = "val"  # chooses the checkpoint; "": the last one is taken
     test_split: str = "test"  # measured once, at the end; "": not at all
@@ -102,8 +102,8 @@ class FinetuneTrainConfig(TrainConfig):
     """As in pre-training; patience besides."""
 
     epochs: int = Field(default=50, ge=0)
-    micro_batch_size: int = Field(default=48, ge=1)
-    keep_best: int = Field(default=1, ge=0)
+    micro_batch_size: int = Field(default=48, ge=2)
+    keep_best: int = Field(default=1, ge=0)  # the best is scored and exported; 0: the last is
     best_metric: str = ""  # that of the task
     patience: int = Field(default=10, ge=0)  # validations without a better one, after which training ends; 0: never
 

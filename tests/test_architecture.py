@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "hub": {"batch", "config", "export_folder", "models", "data.radiographs", "data.transforms"},
     "predictor": {"batch", "config", "data.transforms", "export_folder", "finetune_config", "heads", "hub", "models"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
-    "evaluation": {"batch", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
+    "evaluation": {"batch", "flight", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
 ENTRANCES = {"pretrain", "finetune", "evaluate", "replay", "doctor", "status", "launch", "cli", "benchmark"}

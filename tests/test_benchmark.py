@@ -83,6 +83,14 @@ def test_prepared_for_an_array_of_jobs(plan, tmp_path):
     assert not any(config.run_dir.exists() for config in configs)
 
 
+def test_two_cells_of_one_name_are_refused(plan):
+    model = {"model": {"image_encoder": "resnet10t"}}
+    run = {"data": {"shards": "x"}, "task": {"kind": "detection"}}
+    tasks = {"a": {"run": run}, "a-b": {"run": run}}
+    with pytest.raises(ValueError, match=r"two cells of the table would be called a-b-c-frozen-1-3"):
+        benchmark(plan(tasks=tasks, encoders={"b-c": model, "c": model}), prepare=True)
+
+
 def test_refusals_name_the_cell_and_the_key(plan):
     for changes, message in (
         ({"encoders": {"small": {}}}, r"must have init .* or model"),

@@ -19,6 +19,7 @@ from imitate_ds.data.split_lists import Part, make_split_lists
 from imitate_ds.data.stored_images import decode_stored
 from imitate_ds.finetune import finetune
 from imitate_ds.finetune_config import load_finetune_config
+from imitate_ds.flight import flight
 from imitate_ds.training.drain import Drain
 from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
@@ -153,6 +154,26 @@ def test_stopped_and_resumed_equals_undisturbed(run_file, alone):
     assert [r["loss"] for r in records(folder)] == [r["loss"] for r in records(undisturbed)]
     one, other = (json.loads((f / "results.json").read_text())["results"][0]["metrics"] for f in (folder, undisturbed))
     assert one == other
+
+
+def test_a_validation_that_was_broken_off_is_made_up_for_and_can_be_the_best(run_file, alone):
+    """The first validation, which stays the best since nothing is learned; asked to end while it scores."""
+    path, folder = run_file("due", train={"patience": 0, "keep_last": 1})
+    drain = Drain()
+
+    def ask_to_end():
+        while not (flight.doing == "scoring" and flight.step == 3):
+            time.sleep(0.0005)
+        drain.signal = signal.SIGTERM
+
+    flight.begin("starting", 0)
+    threading.Thread(target=ask_to_end, daemon=True).start()
+    finetune(load_finetune_config(path, ["optim.lr=1e-30"]), drain)
+    assert read_run_state(folder)["state"] == "drained"
+    assert records(folder, "val") == []
+    alone(path, "optim.lr=1e-30", "train.resume=true")
+    assert [r["step"] for r in records(folder, "val")] == [3, 6]
+    assert json.loads((folder / "results.json").read_text())["results"][0]["settings"]["step"] == 3
 
 
 def test_training_ends_when_it_no_longer_gets_better_and_the_best_is_scored(run_file, alone):

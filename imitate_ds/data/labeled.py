@@ -4,12 +4,13 @@ What a batch holds is a function of seed and step, the same for any number of ra
 say nothing about the task are counted, and a damaged one stops the run, for a figure over most of a split is none of the split.
 """
 
+import difflib
 import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from imitate_ds.data.shard_sample import MASK, error_rule
 from imitate_ds.data.worker_processes import in_workers
 from imitate_ds.finetune_config import LabeledAugmentConfig, LabeledDataConfig, TaskConfig
 
+NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 UNKNOWN = -2  # a label that a study does not say anything about; -1 is uncertain
 # Grey levels of a stored mask: up to the first it is outside, above the second inside; between them nobody says.
 OUTSIDE, UNSAID = 63, 191
@@ -104,6 +106,7 @@ def task_targets(index: ShardIndex, task: TaskConfig) -> tuple[str, ...]:
 def open_labeled(index: ShardIndex, split: str, task: TaskConfig, data: LabeledDataConfig) -> LabeledSplit:
     """What the shards say about one split. Raises ValueError where nothing of it is annotated for the task."""
     targets = task_targets(index, task)
+    _check_names(index, data)
     found = _Found([], [], [], [], [], [])
     row = 0
     for shard in index.of_split(split):
@@ -132,6 +135,17 @@ def open_labeled(index: ShardIndex, split: str, task: TaskConfig, data: LabeledD
         masks=targets if task.kind == "segmentation" else (),
         not_annotated=row - len(found.keys),
     )
+
+
+def _check_names(index: ShardIndex, data: LabeledDataConfig) -> None:
+    """Raises ValueError for a label in data.uncertain that is not there: it would count as ignored, and nobody be told."""
+    for name in data.uncertain if isinstance(data.uncertain, dict) else ():
+        if name not in index.labels:
+            near = difflib.get_close_matches(name, index.labels, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"data.uncertain: {index.root} has no {name!r} among its labels{hint}; it has: {', '.join(index.labels)}"
+            )
 
 
 class _Found(NamedTuple):
@@ -210,11 +224,13 @@ class Order(NamedTuple):
         """(sample, how often all were seen before) of this rank's share of a step."""
         rows = rank_rows(self.global_batch_size, rank, world_size)
         places = (divmod(step * self.global_batch_size + row, self.samples) for row in rows)
-        return [(int(self._visit(visit)[place]), visit) for visit, place in places]
+        return [(int(_order_of_visit(self.seed, visit, self.samples)[place]), visit) for visit, place in places]
 
-    def _visit(self, visit: int) -> np.ndarray:
-        # as in shard_plan.py: raw words of PCG64, which NumPy promises to keep
-        return np.argsort(np.random.PCG64([self.seed, visit]).random_raw(self.samples), kind="stable")
+
+@lru_cache(maxsize=4)
+def _order_of_visit(seed: int, visit: int, samples: int) -> np.ndarray:
+    # as in shard_plan.py: raw words of PCG64, which NumPy promises to keep
+    return np.argsort(np.random.PCG64([seed, visit]).random_raw(samples), kind="stable")
 
 
 class _Request(NamedTuple):
@@ -338,11 +354,21 @@ def build_scoring_loader(
     requests = [
         _Request(start // batch_size, mine[start : start + batch_size]) for start in range(0, share, batch_size)
     ]
-    return LabeledBatches(in_workers(_LabeledSet(split, _fitted(input_size), 0), workers, requests))
+    return LabeledBatches(in_workers(_LabeledSet(split, _Fitted(input_size), 0), workers, requests))
 
 
-def _fitted(input_size: int) -> v2.Transform:
-    return v2.Resize([input_size, input_size], antialias=True)
+class _Fitted(v2.Transform):
+    """Resized to the encoder's input. Masks by their nearest pixel as it lies under the radiograph's: v2.Resize takes that of
+    the upper left corner, and so moves them by half a pixel."""
+
+    def __init__(self, input_size: int):
+        super().__init__()
+        self.size = [input_size, input_size]
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(Tensor), self.size, NEAREST_EXACT))
+        return v2.functional.resize(inpt, self.size, antialias=True)
 
 
 def _train_views(augment: LabeledAugmentConfig, input_size: int) -> v2.Transform:
@@ -352,12 +378,13 @@ def _train_views(augment: LabeledAugmentConfig, input_size: int) -> v2.Transform
         translate=(augment.translation, augment.translation),
         scale=(1 - augment.scale, 1 + augment.scale),
         interpolation=v2.InterpolationMode.BILINEAR,
+        fill={tv_tensors.Mask: IGNORED, "others": 0},  # nobody has drawn a mask beyond the image
     )
     return v2.Compose([
         move,
         v2.RandomHorizontalFlip(augment.horizontal_flip),
         v2.ColorJitter(brightness=augment.brightness, contrast=augment.contrast),
-        _fitted(input_size),
+        _Fitted(input_size),
         v2.ClampBoundingBoxes(),
         v2.SanitizeBoundingBoxes(min_size=2, labels_getter=lambda sample: sample["labels"]),
     ])  # fmt: skip

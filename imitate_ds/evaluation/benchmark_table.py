@@ -109,11 +109,13 @@ def _row(group: list[Entry], scored: Scored) -> dict[str, Any]:
 
 def _over_seeds(scored: Scored) -> Figures:
     low, high = bootstrap_by_patient(scored.mean, scored.patients)
+    ones = np.ones(len(scored.patients))
+    by_seed = np.stack([one.statistic(ones) for one in scored.measured])
     figures: Figures = {}
     for place, metric in enumerate(scored.measured[0].names):
-        found = [result["metrics"][metric] for result in scored.results]
-        each = np.array([one["value"] for one in found], dtype=np.float64)  # None is NaN
-        more = {name: value for name, value in found[0].items() if name not in ("value", "low", "high")}
+        beside = scored.results[0]["metrics"][metric]
+        each = by_seed[:, place]
+        more = {name: value for name, value in beside.items() if name not in ("value", "low", "high")}
         if len(each) > 1 and np.isfinite(each).all():
             more |= {"std": round(float(each.std(ddof=1)), 6), "draws": len(each)}
         figures[metric] = figure(float(each.mean()), low[place], high[place], **more)
@@ -153,8 +155,7 @@ def _measure(entry: Entry, result: dict[str, Any]) -> tuple[Measure, np.ndarray]
     kind, exclusive = result["task"], run["task"]["exclusive"]
     (path,) = _predictions(entry)
     known, answers = read_predictions(path, kind, targets)
-    batch = run["train"]["global_batch_size"] or run["train"]["micro_batch_size"]
-    reference = batch if result["protocol"] == "reference" else 0
+    reference = result["settings"]["global_batch_size"] if result["protocol"] == "reference" else 0
     return measure(kind, known, answers, exclusive=exclusive, reference=reference), known.patients
 
 

@@ -18,6 +18,7 @@ from imitate_ds.data.labeled import Annotations, LabeledSplit
 from imitate_ds.distributed import gather_rows, training_device
 from imitate_ds.evaluation.detection_ap import THRESHOLDS, average_precisions_statistic
 from imitate_ds.evaluation.validation import first_of_each, key_numbers
+from imitate_ds.flight import flight
 from imitate_ds.metrics import (
     Figures,
     auroc_statistic,
@@ -48,6 +49,7 @@ def answers_of(
     for batch in batches:
         there = batch.to(device)
         answered = _rows(predict(forward(there)), there, split)
+        flight.begin("scoring")  # a sign of life: one process alone meets nobody who would see that it goes on
         keys.append(gather_rows(key_numbers(batch.keys).to(device)).cpu())
         rows.append(gather_rows(answered).cpu())
         if stop():
@@ -104,9 +106,19 @@ def figures_of(measured: Measure, known: Annotations, *, draws: int) -> Figures:
     values = measured.statistic(np.ones(len(known)))
     low = high = np.full(len(values), np.nan)
     if draws:
-        low, high = bootstrap_by_patient(measured.statistic, known.patients, draws)
+        low, high = bootstrap_by_patient(_going_on(measured.statistic), known.patients, draws)
     rows = zip(measured.names, values, low, high, measured.beside, strict=True)
     return {name: figure(value, lowest, highest, **beside) for name, value, lowest, highest, beside in rows}
+
+
+def _going_on(statistic: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """The same, with a sign of life for each draw: of many images a bootstrap takes minutes."""
+
+    def one(weights: np.ndarray) -> np.ndarray:
+        flight.begin("intervals")
+        return statistic(weights)
+
+    return one
 
 
 def dice_scores(counts: np.ndarray) -> np.ndarray:

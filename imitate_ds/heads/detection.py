@@ -88,8 +88,12 @@ class DetectionHead(nn.Module):
 
     def _anchors(self, outputs: _Outputs) -> list[Tensor]:
         count, (height, width) = len(outputs.maps[0]), outputs.size
-        images = outputs.maps[0].new_zeros(()).expand(count, 1, height, width)  # of which only the shape is read
-        return self.detector.anchor_generator(ImageList(images, [outputs.size] * count), outputs.maps)
+        nothing = outputs.maps[0].new_zeros((), dtype=torch.float32)  # bfloat16 would round anchors by pixels
+        maps = [
+            nothing.expand(level.shape) for level in outputs.maps
+        ]  # of which only the shape is read, and so of images
+        images = ImageList(nothing.expand(count, 1, height, width), [outputs.size] * count)
+        return self.detector.anchor_generator(images, maps)
 
     def _anchors_by_level(self, outputs: _Outputs) -> list[int]:
         each = self.detector.anchor_generator.num_anchors_per_location()

@@ -37,11 +37,8 @@ class TaskModel(nn.Module):
 
     def train(self, mode: bool = True) -> "TaskModel":
         super().train(mode)
-        for module in self.encoder.modules():
-            own = list(module.parameters(recurse=False))
-            # Of LoRA the frozen weights are computed with in training too, but no BatchNorm may move.
-            if not any(parameter.requires_grad for parameter in own):
-                module.training = False
+        if mode:
+            _set_modes(self.encoder, learns=self.config.train != "frozen")
         return self
 
     def rate_share(self, parameter: str) -> float:
@@ -52,6 +49,16 @@ class TaskModel(nn.Module):
             return self.config.lr_share
         level = self.levels[parameter.removeprefix(ENCODER)]
         return self.config.lr_share * self.config.layer_decay ** (len(self.encoder.channels) - 1 - level)
+
+
+def _set_modes(module: nn.Module, *, learns: bool) -> None:
+    """Training mode for what learns. What has no parameters of its own, as dropout, goes with the module it is in; what has,
+    and none of them learns, stays in evaluation mode: no BatchNorm may move."""
+    of_all, own = list(module.parameters()), list(module.parameters(recurse=False))
+    learns = any(parameter.requires_grad for parameter in of_all) if of_all else learns
+    module.training = learns and (not own or any(parameter.requires_grad for parameter in own))
+    for child in module.children():
+        _set_modes(child, learns=learns)
 
 
 def encoder_levels(encoder: ImageEncoder) -> dict[str, int]:
@@ -72,6 +79,11 @@ def merge_updates(encoder: nn.Module) -> None:
 
 
 def _prepare(encoder: ImageEncoder, levels: dict[str, int], config: EncoderConfig) -> None:
+    if config.train == "last_n" and set(levels.values()) != set(range(len(encoder.channels))):
+        raise ValueError(
+            "encoder.train = 'last_n': the levels of this backbone cannot be told apart by the names of its parameters; take "
+            "frozen, lora or full"
+        )
     first = len(encoder.channels) - config.last_n
     for name, parameter in encoder.named_parameters():
         learns = config.train == "full" or (config.train == "last_n" and levels[name] >= first)

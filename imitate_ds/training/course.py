@@ -186,7 +186,10 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     )
     try:
         had_ended = start_step == horizon.total_steps and _validates_at(start_step, plan)
-        if state.get("validation_due") or had_ended:  # it was stopped before it could; or say again how it stands
+        if state.get("validation_due"):  # it was stopped before it could
+            if _validate(run, start_step):
+                _save(run, start_step)  # with its figures, so that it can be the best
+        elif had_ended:  # say again how it stands
             _validate(run, start_step)
         stopped = None
         if not _waited_long_enough(run):
@@ -285,10 +288,14 @@ def _pause(run: Run, done: int) -> bool:
 
 
 def _validate(run: Run, done: int) -> bool:
-    """Validate, unless some rank is asked to end: the time that is left is for the checkpoint. Whether it was done."""
+    """Validate, unless some rank is asked to end: the time that is left is for the checkpoint. Whether it was done.
+
+    After the last step it goes on to the end, for no checkpoint is then due that would say it was not done.
+    """
+    last = done == run.plan.horizon.total_steps
 
     def asked_to_end() -> bool:
-        return bool(max_over_ranks(run.drain.signal))
+        return bool(max_over_ranks(run.drain.signal)) and not last
 
     flight.begin("validation")
     found = run.plan.validate(run.engine, asked_to_end)

@@ -148,6 +148,34 @@ def test_boxes_and_masks_move_with_the_pixels(squares):
                 assert (box - drawn).abs().max() < 1.5  # pixels
 
 
+@pytest.mark.parametrize("size", [28, 32, 56, 96])
+def test_masks_lie_where_the_pixels_do_at_any_size(squares, size):
+    """The centre of the square, of its mask and of its box, in shares of the side."""
+    split = open_labeled(squares, "train", TaskConfig(kind="segmentation"), data())
+    (batch,) = build_scoring_loader(split, input_size=size, batch_size=8, workers=0)
+    for image, mask in zip(batch.images[:, 0].float(), batch.masks[:, 0], strict=True):
+        for inside in (mask == 1, image > 155):
+            rows, columns = torch.where(inside)
+            assert (rows.float().mean() + 0.5).item() / size == pytest.approx(28 / 64, abs=0.3 / size)
+            assert (columns.float().mean() + 0.5).item() / size == pytest.approx(20 / 64, abs=0.3 / size)
+
+
+def test_beyond_the_image_nobody_has_drawn_a_mask(squares):
+    split = open_labeled(squares, "train", TaskConfig(kind="segmentation"), data())
+    turned = LabeledAugmentConfig(rotation=45, translation=0.3, scale=0, brightness=0, contrast=0)
+    (batch,) = build_labeled_loader(
+        split, Order(5, 5, seed=1), turned, input_size=64, workers=0, seed=5, steps=range(1)
+    )
+    beyond = batch.images[:, 0] == 0  # its own pixels are at least 20
+    assert beyond.any()
+    assert (batch.masks[:, 0][beyond] == IGNORED).float().mean() > 0.95  # but for the line between
+
+
+def test_a_misspelt_name_of_an_uncertain_label_is_refused(squares):
+    with pytest.raises(ValueError, match=r"data\.uncertain: .* no 'A' among its labels.*; it has: a, b"):
+        open_labeled(squares, "train", TaskConfig(kind="classification"), data(uncertain={"A": "ones"}))
+
+
 def test_every_sample_once_in_each_pass_whatever_the_ranks(index):
     split = open_labeled(index, "train", CLASSES, data())
     order = Order(len(split), 25, seed=4)

@@ -22,8 +22,8 @@ def write_run(folder, kind, shift, seed):
     folder.mkdir(parents=True)
     write_predictions(folder / "predictions.test.parquet", kind, known, given)
     data = {"source": "phantom", "synthetic": True, "split": "test", "samples": N, "patients": N // 2}
-    train = {"global_batch_size": 0, "micro_batch_size": 16}
-    settings = {"targets": list(known.targets), "train": data, "run": {"task": {"exclusive": False}, "train": train}}
+    settings = {"targets": list(known.targets), "train": data, "run": {"task": {"exclusive": False}}}
+    settings["global_batch_size"] = 16
     figures = figures_of(measure(kind, known, given), known, draws=0)
     model = {"head": "linear"}
     result = {

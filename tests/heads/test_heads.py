@@ -227,3 +227,18 @@ def test_sums_of_parts_add_up_to_those_of_the_whole(kind):
         whole, parts = sums(slice(None)), (sums(slice(0, 1)), sums(slice(1, 3)))
         for name, value in whole.items():
             torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_anchors_are_exact_in_half_precision(kind):
+    backbone = encoder()
+    head = DetectionHead(backbone.channels, backbone.reductions, 2, kind=kind, width=64).eval()
+    size = (224, 224)
+    with torch.no_grad():
+        levels = backbone(batch(size).images)
+        exact = head._anchors(head(levels, size))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = head._anchors(head(levels, size))
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == torch.float32
+        assert torch.equal(one, other)

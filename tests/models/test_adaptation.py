@@ -96,3 +96,23 @@ def test_every_parameter_works_for_a_level_and_levels_come_in_order(name):
     levels = list(encoder_levels(encoder).values())
     assert levels == sorted(levels)
     assert set(levels) == {0, 1, 2, 3}
+
+
+def test_what_has_no_parameters_goes_with_what_learns():
+    """Stochastic depth drops paths where the blocks around it learn, and nowhere else."""
+    config = ModelConfig(image_encoder="test_convnext", drop_path=0.3)
+
+    def dropping(**settings) -> set[bool]:
+        encoder = ImageEncoder(config, 64)
+        head = ClassificationHead(encoder.channels, 2)
+        model = TaskModel(encoder, head, EncoderConfig(model=config, **settings)).train()
+        return {module.training for module in model.encoder.modules() if type(module).__name__ == "DropPath"}
+
+    assert dropping(train="full") == {True}
+    assert dropping(train="frozen") == {False}
+    assert dropping(train="last_n", last_n=1) == {True, False}
+
+
+def test_last_n_is_refused_where_levels_cannot_be_told_apart():
+    with pytest.raises(ValueError, match=r"encoder\.train = 'last_n': .* take frozen, lora or full"):
+        task_model("twins_pcpvt_small", train="last_n")

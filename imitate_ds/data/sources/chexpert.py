@@ -26,7 +26,7 @@ LAYOUT = (
 )
 FOLDERS = ("", "CheXpert-v1.0", "CheXpert-v1.0-small")
 # The labels of the test set came later, and are at hand under either name.
-TABLES = ("train.csv", "valid.csv", "test.csv", "test_labels.csv")
+TABLES = (("train.csv",), ("valid.csv",), ("test.csv", "test_labels.csv"))  # of each the first that is there
 ABOUT_THE_IMAGE = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")  # all other columns are labels
 
 
@@ -47,7 +47,8 @@ class CheXpertSource:
         self._folder = _find_folder(Path(root))
         self._images: dict[str, list[RadiographRef]] = defaultdict(list)
         self._labels: dict[str, dict[str, int]] = {}
-        tables = [path for name in TABLES if (path := self._folder / name).is_file()]
+        there = ([path for name in names if (path := self._folder / name).is_file()] for names in TABLES)
+        tables = [paths[0] for paths in there if paths]
         for table in tables:
             for row in read_rows(table, ("Path",)):
                 self._add(row, table)
