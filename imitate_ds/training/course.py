@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
 
-from imitate_ds.distributed import from_main, init_world, max_over_ranks, world
+from imitate_ds.distributed import from_main, gather_objects, init_world, max_over_ranks, world
 from imitate_ds.flight import flight
 from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
@@ -25,7 +25,7 @@ from imitate_ds.training.engine import Step, average_batch_norm_statistics, buil
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
 from imitate_ds.training.identity import check_ranks_agree, check_same_run
-from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, Stopped, train_steps
+from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, Stopped, stopped_by, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.run_state import read_run_state, write_run_state
 
@@ -108,6 +108,7 @@ class Run(NamedTuple):
     drain: Drain
     metrics: dict[str, float]  # of the last validation
     waited: list[float]  # the best figure so far, and how many validations ago it was; empty before the first
+    due: set[int]  # steps after which a validation was broken off
 
 
 def take_course(
@@ -154,7 +155,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     run_dir = plan.config.run_dir
     monitor = Monitor(run_dir, start_step=start_step, total_steps=horizon.total_steps, speaks=here.is_main)
     checkpoints = Checkpoints(_checkpoint_folder(plan.config), _keep(plan), in_background=train.save_in_background)
-    run = Run(plan, engine, checkpoints, monitor, drain, {}, list(state.get("waited", [])))
+    run = Run(plan, engine, checkpoints, monitor, drain, {}, list(state.get("waited", [])), set())
     monitor.say(plan.describe() + (f", resuming at step {start_step}" if start_step else ""))
     bad_steps = BadSteps(run_dir, train.max_bad_steps, start_step=start_step)
     batches = plan.batches(start_step)
@@ -186,13 +187,16 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     )
     try:
         had_ended = start_step == horizon.total_steps and _validates_at(start_step, plan)
+        stopped = None
         if state.get("validation_due"):  # it was stopped before it could
             if _validate(run, start_step):
                 _save(run, start_step)  # with its figures, so that it can be the best
+            else:
+                run.due.add(start_step)
+                stopped = stopped_by(start_step, gather_objects(drain.signal))
         elif had_ended:  # say again how it stands
             _validate(run, start_step)
-        stopped = None
-        if not _waited_long_enough(run):
+        if stopped is None and not _waited_long_enough(run):
             step = partial(plan.step, engine)
             stopped = train_steps(engine, batches, step, plan.learning_rate, monitor, settings, calls, drain)
         if stopped is None:
@@ -278,13 +282,16 @@ def _validates_at(done: int, plan: Plan) -> bool:
     return done == horizon.total_steps or (rest == 0 and epochs % every == 0)
 
 
-def _pause(run: Run, done: int) -> bool:
-    """Validate and save, where `done` steps are the time for it. Whether training has gone on long enough."""
+def _pause(run: Run, done: int) -> Literal["go on", "enough", "broken off"]:
+    """Validate and save, where `done` steps are the time for it."""
     average_batch_norm_statistics(run.engine.module)
-    validated = not _validates_at(done, run.plan) or _validate(run, done)
+    if _validates_at(done, run.plan) and not _validate(run, done):
+        run.due.add(done)
     if _saves_at(done, run.plan):
-        _save(run, done, validation_due=not validated)
-    return _waited_long_enough(run)
+        _save(run, done)
+    if done in run.due:
+        return "broken off"
+    return "enough" if _waited_long_enough(run) else "go on"
 
 
 def _validate(run: Run, done: int) -> bool:
@@ -325,14 +332,14 @@ def _waited_long_enough(run: Run) -> bool:
     return bool(run.plan.patience and run.waited and run.waited[1] >= run.plan.patience)
 
 
-def _save(run: Run, done: int, *, validation_due: bool = False) -> None:
+def _save(run: Run, done: int) -> None:
     flight.begin("saving")
-    validated_now = _validates_at(done, run.plan) and not validation_due
+    validated_now = _validates_at(done, run.plan) and done not in run.due
     state = {
         "step": done,
         "samples_seen": done * run.plan.horizon.global_batch_size,
         "metrics": dict(run.metrics) if validated_now else {},
-        "validation_due": validation_due,
+        "validation_due": done in run.due,
         "waited": list(run.waited),
         # No random states: every random number is a function of config.seed and the step (loop.py, data/loader.py).
         "config": run.plan.config.model_dump(mode="json"),

@@ -2,13 +2,13 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from imitate_ds.distributed import Pulse, max_over_ranks, mean_over_ranks, training_device, world
+from imitate_ds.distributed import Pulse, gather_objects, max_over_ranks, mean_over_ranks, training_device, world
 from imitate_ds.flight import flight
 from imitate_ds.training.drain import Drain
 from imitate_ds.training.engine import (
@@ -66,7 +66,9 @@ class Calls(NamedTuple):
     """What the loop asks of whoever runs it. All are called on every rank, in the same order."""
 
     pauses_at: Callable[[int], bool]  # after how many steps `pause` is called
-    pause: Callable[[int], bool]  # evaluates and saves after so many steps; whether training has gone on long enough
+    # Evaluates and saves after so many steps; whether training has gone on long enough, or the ranks, asked to end, have broken
+    # the evaluation off
+    pause: Callable[[int], Literal["go on", "enough", "broken off"]]
     between: Callable[[], Mapping[str, float]]  # at every logged step; more numbers to log
     skipped: Callable[[int, Movable, StepOutput, Step], None]  # a step that was not applied; may raise
 
@@ -122,16 +124,24 @@ def train_steps(
             monitor.pictures(done, output.pictures())
         if pauses:
             with clock.paused():
-                enough = calls.pause(done)
-            if enough:
+                verdict = calls.pause(done)
+            if verdict == "enough":
                 break
+            if verdict == "broken off":  # here and now: what is due is the evaluation of exactly this step
+                pulse.last()
+                return stopped_by(done, gather_objects(drain.signal))
         if told is not None and told[:, 0].any() and done < settings.total_steps:
             pulse.last()
-            rank = int(told[:, 0].argmax())
-            return Stopped(done, rank, signal.Signals(int(told[rank, 0])).name)
+            return stopped_by(done, told[:, 0].tolist())
         flight.begin("waiting for data")
     pulse.last()
     return None
+
+
+def stopped_by(done: int, signals: Sequence[float]) -> Stopped:
+    """signals: of each rank, 0 where it was not asked to end."""
+    rank = next(rank for rank, number in enumerate(signals) if number)
+    return Stopped(done, rank, signal.Signals(int(signals[rank])).name)
 
 
 def seed_step(seed: int, step: int) -> None:
