@@ -1,6 +1,8 @@
 """What several test modules share: the repository, and one small folder of phantom shards."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -27,3 +29,16 @@ def phantom_shards(tmp_path_factory) -> Path:
     build_shards(source, folder, image_size=64, workers=1, samples_per_shard=48, progress=False)
     embed_shards(folder, LsaEncoder.fit(fit_texts(folder), dim=32, seed=0))
     return folder
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """Lets runs start their process group in here, as one rank, and takes it down at the end: gloo left alone aborts at exit.
+
+    One group for all tests: DeepSpeed remembers the first that it has met.
+    """
+    given = {name: os.environ.pop(name, None) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    yield
+    os.environ.update({name: value for name, value in given.items() if value is not None})
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.modules["torch"].distributed.destroy_process_group()

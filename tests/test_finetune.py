@@ -1,7 +1,6 @@
 """Fine-tuning, for real: DeepSpeed ranks on phantom shards, every kind of task, stopped and resumed, exported and loaded."""
 
 import json
-import os
 import signal
 import threading
 import time
@@ -55,19 +54,14 @@ def run_file(tmp_path, phantom_shards):
     return write
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Runs a run file in here, as one rank. One process group serves all: DeepSpeed remembers the first it has met, and gloo
-    that is left alone aborts at exit."""
-    given = {name: os.environ.pop(name, None) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+@pytest.fixture
+def alone(process_group):
+    """Runs a run file in here, as one rank."""
 
     def train(path, *overrides):
         return finetune(load_finetune_config(path, list(overrides)))
 
-    yield train
-    os.environ.update({name: value for name, value in given.items() if value is not None})
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return train
 
 
 def records(folder, split="train"):

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from imitate_ds import load_model
@@ -213,17 +212,7 @@ def refusal(path, *overrides):
     return output
 
 
-@pytest.fixture
-def group_of_one(monkeypatch):
-    """Lets pretrain() start its process group in here, and takes it down again: gloo left alone aborts at exit."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path, group_of_one):
+def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path, process_group):
     path, folder = run_file("refused")
 
     def refused(error, match, *overrides):
