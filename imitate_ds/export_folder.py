@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from imitate_ds.data.radiographs import load_radiograph, prepare_radiograph
+from imitate_ds.data.radiographs import load_radiograph
+from imitate_ds.data.square import prepare_radiograph
 
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 SIZES = {"image_size": int, "input_size": int}  # what PREPROCESSOR must hold

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "heads": {"batch"},
     "objective": {"batch", "config", "distributed", "ops"},
     "training": {"batch", "config", "distributed", "flight", "run_file"},
-    "export_folder": {"data.radiographs"},
+    "export_folder": {"data.radiographs", "data.square"},
     "hub": {"batch", "config", "export_folder", "models", "data.radiographs", "data.transforms"},
     "predictor": {"batch", "config", "data.transforms", "export_folder", "finetune_config", "heads", "hub", "models"},
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},

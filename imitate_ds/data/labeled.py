@@ -27,13 +27,12 @@ from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at, read_me
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.shard_reader import ShardReader
 from imitate_ds.data.shard_sample import MASK, error_rule
+from imitate_ds.data.sources.base import OUTSIDE, UNSAID
 from imitate_ds.data.worker_processes import in_workers
 from imitate_ds.finetune_config import LabeledAugmentConfig, LabeledDataConfig, TaskConfig
 
 NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 UNKNOWN = -2  # a label that a study does not say anything about; -1 is uncertain
-# Grey levels of a stored mask: up to the first it is outside, above the second inside; between them nobody says.
-OUTSIDE, UNSAID = 63, 191
 
 
 @dataclass(frozen=True, kw_only=True)

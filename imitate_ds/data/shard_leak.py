@@ -30,10 +30,11 @@ from rich.table import Table
 from imitate_ds.batch import is_missing
 from imitate_ds.data.member_table import Member
 from imitate_ds.data.progress import shown
-from imitate_ds.data.radiographs import content_box, decode_radiograph
+from imitate_ds.data.radiographs import decode_radiograph
 from imitate_ds.data.reports import plain_words
 from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_shard, write_atomic
 from imitate_ds.data.shard_sample import error_rule
+from imitate_ds.data.square import content_box
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from imitate_ds.batch import is_missing
-from imitate_ds.data.radiographs import ContentBox, content_box, fit_square
 from imitate_ds.data.sources.base import RadiographRef, Study
+from imitate_ds.data.square import ContentBox, content_box, fit_square
 
 JPEG_QUALITY = 95
 MASK = ".mask.png"  # what the name of a mask's file ends in, after the key and its own name

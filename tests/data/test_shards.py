@@ -20,7 +20,7 @@ from PIL import Image
 
 from imitate_ds.data import shards
 from imitate_ds.data.member_table import MEMBERS, map_table, table_bytes, table_of
-from imitate_ds.data.radiographs import decode_radiograph, load_radiograph, prepare_radiograph
+from imitate_ds.data.radiographs import decode_radiograph, load_radiograph
 from imitate_ds.data.shard_index import (
     BUILDING,
     INDEX,
@@ -37,6 +37,7 @@ from imitate_ds.data.shard_stats import report_table, samples_picture, shard_sta
 from imitate_ds.data.shards import build_shards, merge_parts, sample_key, verify_shards
 from imitate_ds.data.sources.base import RadiographRef, Study
 from imitate_ds.data.sources.phantom import PhantomSource
+from imitate_ds.data.square import prepare_radiograph
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -9,11 +9,10 @@ from typing import TypedDict
 import numpy as np
 
 from imitate_ds.data.radiographs import load_radiograph, read_dicom_header
-from imitate_ds.data.sources.base import RadiographRef, Study, reader_files
+from imitate_ds.data.sources.base import OUTSIDE, RadiographRef, Study, reader_files
 from imitate_ds.data.sources.rows import Row, check_patient_splits, described, parse_split, read_rows
 
 Place = tuple[float, float, float, float]  # x, y, width, height of a box
-OUTSIDE = 63  # the highest grey level of a mask that is outside
 
 
 class Box(TypedDict):
@@ -130,7 +129,7 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text; save it as such") from None
 
 
-def read_split_list(path: Path, patients: Collection[str]) -> dict[str, str]:
+def read_patient_splits(path: Path, patients: Collection[str]) -> dict[str, str]:
     """patient -> split, from a CSV with these two columns. Raises ValueError where one of patients is not in it."""
     rows = [(row["patient"].strip(), parse_split(row, "split", path)) for row in read_rows(path, ("patient", "split"))]
     check_patient_splits(rows, path)

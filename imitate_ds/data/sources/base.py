@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+# Grey levels of a mask: up to the first it is outside, above the second inside; between them nobody says.
+OUTSIDE, UNSAID = 63, 191
+
 
 @dataclass(frozen=True)
 class RadiographRef:

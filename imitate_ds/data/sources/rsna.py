@@ -19,7 +19,7 @@ from imitate_ds.data.sources.annotations import (
     image_study,
     one_hot,
     read_numbers,
-    read_split_list,
+    read_patient_splits,
     require_an_image,
 )
 from imitate_ds.data.sources.base import Published, Study
@@ -56,7 +56,7 @@ class RsnaSource:
         self._classes = _read_classes(self._root / CLASSES)
         self._patients = _read_mappings(self._root)
         patients = [self._patient(image_id) for image_id in self._boxes]
-        self._splits = read_split_list(Path(splits), patients) if splits else {}
+        self._splits = read_patient_splits(Path(splits), patients) if splits else {}
         require_an_image((image_file(name, self._path(name)) for name in self._boxes), self._root, layout=LAYOUT)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from imitate_ds.data.radiographs import DicomHeader, read_dicom_header
-from imitate_ds.data.sources.annotations import image_file, image_study, read_split_list
+from imitate_ds.data.sources.annotations import image_file, image_study, read_patient_splits
 from imitate_ds.data.sources.base import Published, Study
 from imitate_ds.data.sources.rows import Row, described, read_rows, split_by_hash
 
@@ -50,7 +50,7 @@ class SiimSource:
             for image_id, found in rows.items()
         }
         self._patients = {name: (header and header.patient_id) or name for name, header in headers.items()}
-        self._splits = read_split_list(Path(splits), self._patients.values()) if splits else {}
+        self._splits = read_patient_splits(Path(splits), self._patients.values()) if splits else {}
 
     def __len__(self) -> int:
         return len(self._paths)
