@@ -91,10 +91,13 @@ def _find_table(root: Path) -> Path:
 
 
 def _header(path: Path) -> DicomHeader | None:
-    """None where the file is not there or not whole: reading the radiograph will say so, by its key."""
+    """None where the file is not there or not whole: reading the radiograph will say so, by its key.
+
+    A disk that fails is another matter: the image may be read later, and its patient would not be known, nor be in one split.
+    """
     try:
         return read_dicom_header(path)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -110,3 +110,12 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "train-rle.csv").write_text("ImageId,EncodedPixels\n1.2,-1\n")
     with pytest.raises(FileNotFoundError, match=r"none of the images that train-rle\.csv names is there"):
         SiimSource(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_unknown_patient(tmp_path):
+    """Whose image it is stands in a header that cannot be read now, and may be later."""
+    path = next(write_tree(tmp_path).rglob("1.2.276.14508.dcm"))
+    path.unlink()
+    path.symlink_to(path)  # the system gives up on it, with an error that is not "no such file"
+    with pytest.raises(OSError, match="symbolic links"):
+        SiimSource(tmp_path)
