@@ -24,21 +24,17 @@ from imitate_ds.export_folder import (
     read_settings,
     write_settings,
 )
+from imitate_ds.model_card import CARD_FIELDS, pretrained_card
 from imitate_ds.models.grounding import grounding_maps, sum_levels
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_encoder import TextEncoder, describe_text_encoder, load_text_encoder
 
 FORMAT = "imitate_ds.model/1"
 BACKBONE, TEXT_ENCODER = "image_encoder.safetensors", "text_encoder"
-CARD_FIELDS = ("data", "synthetic", "image_size")
 # what the two files must hold; build_id, train_split and text_encoder are missing in older exports
 SETTINGS = {"preset": str, "impression_text": str, "temperature": float | int, "text_width": int, "input_size": int}
 SETTINGS |= {"data": str, "synthetic": bool, "model": dict}
 HOW = "a run exports at its end to runs/NAME/export (finish it with --set train.resume=true)"
-
-LSA_LICENCE = """`text_encoder/terms.json` holds words and pairs of words that occur in the training reports, so this folder
-falls under the licence of the training data.
-"""
 
 Branch = Literal["impression", "findings", "pooled"]
 Section = Literal["impression", "findings"]
@@ -285,7 +281,7 @@ def save_pretrained(
         "fit": "crop constant borders, pad to a square with black, resize by area to image_size, then to input_size",
         "channels": "grey",
     }
-    _write_export(Path(folder), model, settings, preprocessing, text_encoder_folder, _model_card(settings, card))
+    _write_export(Path(folder), model, settings, preprocessing, text_encoder_folder, pretrained_card(settings, card))
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> PretrainedImitate:
@@ -359,48 +355,3 @@ def _timm_state(model: ImitateModel) -> dict[str, Tensor]:
         plain = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name.removeprefix("model."))
         state[plain] = tensor.detach().cpu().contiguous()
     return state
-
-
-def _model_card(settings: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    synthetic = "**synthetic** (procedural phantoms, no patients)" if settings["synthetic"] else "radiographs of people"
-    licence = card.get("licence", "follows the terms of the training data, which you must read before sharing them")
-    words = LSA_LICENCE if (settings["text_encoder"] or {}).get("kind") == "lsa" else ""
-    facts = {k: v for k, v in card.items() if k not in (*CARD_FIELDS, "licence")}
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return f"""---
-license: other
-library_name: imitate-ds
-tags: [chest-x-ray, vision-language, imitate]
----
-# {settings["model"]["image_encoder"]}, pre-trained by imitate-ds
-
-Hierarchical vision-language pre-training of a chest X-ray encoder, after "IMITATE: Clinical Prior Guided Hierarchical
-Vision-Language Pre-training" (Liu et al., 2025). Preset `{settings["preset"]}`.
-
-**Not for clinical use.** A research artefact: not a medical device, not validated for diagnosis, triage or treatment.
-
-| | |
-|---|---|
-| training data | {settings["data"]}: {synthetic} |
-| highest level aligned with | {settings["impression_text"]} |
-| radiographs stored at | {card["image_size"]} x {card["image_size"]} grey |
-| encoder input | {settings["input_size"]} x {settings["input_size"]} |
-{rows}
-## Intended use
-Research on representations of frontal chest radiographs: linear probes, fine-tuning, retrieval, prompted classification.
-It sees frontal views only, knows the population and the reporting habits of its training data and nothing else, and
-inherits their errors.
-
-## Licence
-Program: Apache-2.0. Weights: {licence}.
-{words}
-## Use
-```python
-import imitate_ds
-model = imitate_ds.load_model("PATH/OF/THIS/FOLDER")
-v = model.encode_image(["a.dcm", "b.png"], branch="impression")
-t = model.encode_text(["No pleural effusion."], section="impression")
-model.similarity(v, t)
-```
-`image_encoder.safetensors` holds the backbone alone, under the names of `timm.create_model`.
-"""

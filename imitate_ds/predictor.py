@@ -28,6 +28,7 @@ from imitate_ds.heads.detection import DetectionHead, Found
 from imitate_ds.heads.segmentation import SegmentationHead
 from imitate_ds.heads.yolo import YoloHead
 from imitate_ds.hub import load_model
+from imitate_ds.model_card import predictor_card
 from imitate_ds.models.adaptation import TaskModel, merge_updates
 from imitate_ds.models.image_encoder import ImageEncoder
 
@@ -154,7 +155,7 @@ def save_predictor(
     with new_export(folder) as part:
         save_file(state, part / WEIGHTS, metadata={"synthetic": str(settings["synthetic"]).lower()})
         write_settings(part, {"format": FORMAT, **settings}, preprocessing)
-        (part / CARD).write_text(_model_card(settings, card))
+        (part / CARD).write_text(predictor_card(settings, card))
 
 
 def load_predictor(folder: str | Path, device: torch.device | str = "cpu") -> Predictor:
@@ -174,34 +175,3 @@ def load_predictor(folder: str | Path, device: torch.device | str = "cpu") -> Pr
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root}: damaged export, or one of another version: {error}; {AGAIN}") from error
     return Predictor(model, settings, preprocessing, root).to(device)
-
-
-def _model_card(settings: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    task, encoder = settings["task"], settings["model"]["image_encoder"]
-    synthetic = "**synthetic** (procedural phantoms, no patients)" if settings["synthetic"] else "radiographs of people"
-    rows = "".join(f"| {name} | {value} |\n" for name, value in card.items())
-    return f"""---
-license: other
-library_name: imitate-ds
-tags: [chest-x-ray, {task["kind"]}]
----
-# {task["kind"].capitalize()} by {encoder}, fine-tuned by imitate-ds
-
-**Not for clinical use.** A research artefact: not a medical device, not validated for diagnosis, triage or treatment.
-
-| | |
-|---|---|
-| answers | {", ".join(settings["targets"])} |
-| training data | {settings["data"]}: {synthetic} |
-| encoder input | {settings["input_size"]} x {settings["input_size"]} |
-{rows}
-## Licence
-Program: Apache-2.0. Weights follow the terms of the training data, which you must read before sharing them.
-
-## Use
-```python
-import imitate_ds
-predictor = imitate_ds.load_predictor("PATH/OF/THIS/FOLDER")
-predictor.targets, predictor.predict(["a.dcm", "b.png"])
-```
-"""
