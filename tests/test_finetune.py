@@ -184,7 +184,8 @@ def test_training_ends_when_it_no_longer_gets_better_and_the_best_is_scored(run_
     assert [r["step"] for r in records(folder, "val")] == [3, 6, 9]
     assert json.loads((folder / "results.json").read_text())["results"][0]["settings"]["step"] == 3
     assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000009"]
-    assert read_run_state(folder)["state"] == "finished"
+    state = read_run_state(folder)
+    assert (state["state"], state["step"], state["total_steps"]) == ("finished", 9, 90)
 
 
 def test_lists_give_a_validation_part_and_fewer_labels(run_file, alone, phantom_shards, tmp_path):

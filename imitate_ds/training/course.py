@@ -109,6 +109,7 @@ class Run(NamedTuple):
     metrics: dict[str, float]  # of the last validation
     waited: list[float]  # the best figure so far, and how many validations ago it was; empty before the first
     due: set[int]  # steps after which a validation was broken off
+    reached: list[int]  # steps at which the run was looked at; the last is where it ends, early or not
 
 
 def take_course(
@@ -155,7 +156,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     run_dir = plan.config.run_dir
     monitor = Monitor(run_dir, start_step=start_step, total_steps=horizon.total_steps, speaks=here.is_main)
     checkpoints = Checkpoints(_checkpoint_folder(plan.config), _keep(plan), in_background=train.save_in_background)
-    run = Run(plan, engine, checkpoints, monitor, drain, {}, list(state.get("waited", [])), set())
+    run = Run(plan, engine, checkpoints, monitor, drain, {}, list(state.get("waited", [])), set(), [start_step])
     monitor.say(plan.describe() + (f", resuming at step {start_step}" if start_step else ""))
     bad_steps = BadSteps(run_dir, train.max_bad_steps, start_step=start_step)
     batches = plan.batches(start_step)
@@ -214,7 +215,7 @@ def _finish(run: Run) -> None:
     run.metrics.update(run.plan.finish(run.engine, run.checkpoints.folder))
     run.monitor.hyperparameters(flat_settings(run.plan.config.model_dump(mode="json")), run.metrics)
     run.monitor.say(f"export: {run.plan.config.run_dir / 'export'}")
-    _tell(run.plan, "finished", run.plan.horizon.total_steps)
+    _tell(run.plan, "finished", run.reached[-1])
 
 
 def _drain(run: Run, stopped: Stopped) -> None:
@@ -284,6 +285,7 @@ def _validates_at(done: int, plan: Plan) -> bool:
 
 def _pause(run: Run, done: int) -> Literal["go on", "enough", "broken off"]:
     """Validate and save, where `done` steps are the time for it."""
+    run.reached.append(done)
     average_batch_norm_statistics(run.engine.module)
     if _validates_at(done, run.plan) and not _validate(run, done):
         run.due.add(done)
