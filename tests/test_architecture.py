@@ -10,6 +10,7 @@ MAY_IMPORT = {
     "config": {"run_file"},
     "finetune_config": {"config", "run_file"},
     "benchmark_config": {"finetune_config", "run_file"},
+    "devices": set(),
     "distributed": {"flight"},
     "flight": set(),
     "metrics": set(),
