@@ -25,7 +25,9 @@ class Device(NamedTuple):
 
 def _tensor_cores(dense16: float, fp32: float, *, has_bf16: bool = True) -> dict[Precision, float]:
     peaks: dict[Precision, float] = {"fp32": fp32, "fp16": dense16}
-    return peaks | {"bf16": dense16} if has_bf16 else peaks
+    if has_bf16:
+        peaks["bf16"] = dense16
+    return peaks
 
 
 DEVICES: dict[str, Device] = {
