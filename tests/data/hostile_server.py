@@ -100,11 +100,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault.flip:
             body = body[:-1] + bytes([body[-1] ^ 1])
+        body = body[: int(len(body) * fault.cut)]
         middle = len(body) // 2
         self._write(body[:middle])
         if fault.stall:
             self.server.stopping.wait(fault.stall)
-        self._write(body[middle : int(len(body) * fault.cut)])
+        self._write(body[middle:])
         while fault.endless and not self.server.stopping.is_set():
             self._write(bytes(2**20))
         self.close_connection = self.close_connection or fault.cut < 1 or fault.endless
