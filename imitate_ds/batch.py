@@ -20,6 +20,21 @@ def is_missing(text: object) -> bool:
     return not isinstance(text, str) or text.strip().lower() in MISSING_TEXT
 
 
+class Tokens(NamedTuple):
+    """The sections of B reports as a text encoder reads them, end to end: findings and impression of the first, and so on."""
+
+    ids: Tensor  # int32 [T]; T is the sum of lengths
+    lengths: Tensor  # int64 [B, 2], of findings and impression; 0 where missing. On the CPU: shapes follow from them
+
+    def to(self, device: torch.device) -> "Tokens":
+        return self._replace(ids=self.ids.to(device, non_blocking=True))
+
+    def of_reports(self, start: int, stop: int) -> "Tokens":
+        """Those of the reports start .. stop - 1."""
+        ends = [0, *self.lengths.sum(dim=1).cumsum(dim=0).tolist()]
+        return Tokens(self.ids[ends[start] : ends[stop]], self.lengths[start:stop])
+
+
 class Batch(NamedTuple):
     """One micro-batch, born complete in the loader."""
 
@@ -32,16 +47,27 @@ class Batch(NamedTuple):
     step: int  # the global step this batch belongs to: seeds the channel draws alike on every rank
     # float32 [B, V, draws] where images are whole radiographs [B, 1, 1, H, W], of which the device is to make the views
     draws: Tensor | None = None
+    tokens: Tokens | None = (
+        None  # for a text encoder that runs in training; findings and impression stay the clinical prior
+    )
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: v.to(device, non_blocking=True) for name, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**{**moved, "draws": self.draws})  # what they say of the views is worked out on the CPU
+        tokens = self.tokens and self.tokens.to(device)
+        # what draws say of the views is worked out on the CPU
+        return self._replace(**{**moved, "draws": self.draws, "tokens": tokens})
 
     def split(self, parts: int) -> list["Batch"]:
         """So many consecutive parts, as equal as they can be, all of the same step."""
         rows = {name: v for name, v in self._asdict().items() if isinstance(v, (list, Tensor))}
         ends = [len(self.keys) * part // parts for part in range(parts + 1)]
-        return [self._replace(**{name: v[start:stop] for name, v in rows.items()}) for start, stop in pairwise(ends)]
+        return [
+            self._replace(
+                **{name: v[start:stop] for name, v in rows.items()},
+                tokens=self.tokens and self.tokens.of_reports(start, stop),
+            )
+            for start, stop in pairwise(ends)
+        ]
 
 
 class Features(NamedTuple):

@@ -87,6 +87,39 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
 
 
+def _as_layers(value: Any) -> Any:
+    """A number of layers, or all of them."""
+    if value != "all" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError("must be a number of layers, 0 or more, or all")
+    return value
+
+
+class TextConfig(Section):
+    """The text encoder in training. Whatever learns, the clinical prior (soft targets) is of the embeddings in the shards,
+    those of a frozen encoder: targets that drifted with what is trained on them would agree with anything.
+    """
+
+    # cached: texts are the embeddings in the shards, and the encoder never runs. online: it runs in every step, and learns.
+    mode: Literal["cached", "online"] = "cached"
+    encoder: str = ""  # a Hugging Face encoder, a folder or a name at the hub; "": the one that embedded the shards
+    # How many of its transformer layers learn, from the last; 0: none, its embeddings are computed anew in every step;
+    # all: those, and what lies below and above them.
+    trainable_layers: Annotated[int | Literal["all"], BeforeValidator(_as_layers)] = "all"
+    max_tokens: int = Field(default=0, ge=0)  # that are read of a section; 0: as many as its folder says, or 256
+    lr_share: float = Field(default=0.1, gt=0)  # of optim.lr, for what learns of it
+
+    @model_validator(mode="after")
+    def _online_or_nothing(self) -> "TextConfig":
+        if 0 < self.max_tokens < 3:
+            raise ValueError(f"max_tokens = {self.max_tokens}: must be 0, or at least 3: a word between two marks")
+        changed = [name for name, field in TextConfig.model_fields.items() if getattr(self, name) != field.default]
+        if self.mode == "cached" and changed:
+            raise ValueError(
+                f"{changed[0]} = {getattr(self, changed[0])!r}: is for text.mode: online; set that, or leave it"
+            )
+        return self
+
+
 class AggregationConfig(Section):
     """The hierarchical aggregation block: channels of every level become tokens (method.md, section 2)."""
 
@@ -223,6 +256,7 @@ class RunConfig(Section):
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: DataConfig
     model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

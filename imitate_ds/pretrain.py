@@ -10,7 +10,7 @@ from torch import nn
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig, load_run_config
-from imitate_ds.data.loader import TrainBatches, build_train_loader
+from imitate_ds.data.loader import Tokenize, TrainBatches, build_train_loader
 from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import world
@@ -20,6 +20,7 @@ from imitate_ds.recipe import (
     build_model,
     export,
     open_inputs,
+    rate_share,
     run_identity,
     sources_of,
     train_step,
@@ -77,6 +78,9 @@ class Pretraining(Plan):
     def build_model(self) -> nn.Module:
         return build_model(self.config, self.inputs)
 
+    def rate_share(self, parameter: str) -> float:
+        return rate_share(self.config, parameter)
+
     def batches(self, start_step: int) -> TrainBatches:
         here, horizon = world(), self.horizon
         return build_train_loader(
@@ -88,10 +92,15 @@ class Pretraining(Plan):
             global_batch_size=horizon.global_batch_size,
             folders=self.inputs.folders,
             record=self.config.run_dir / f"skipped.rank{here.rank}.jsonl",
+            tokenize=self._tokenize,
         )
 
     def step(self, engine: Any, batch: Batch) -> StepOutput:
         return train_step(engine, self.config, self._views, batch)
+
+    @property
+    def _tokenize(self) -> Tokenize | None:
+        return self.inputs.online.tokenize if self.inputs.online else None
 
     @cached_property
     def _views(self) -> TrainViews:
@@ -104,8 +113,15 @@ class Pretraining(Plan):
 
     def validate(self, engine: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
         rows = len(rank_rows(self.horizon.global_batch_size, 0, world().size))
-        inputs = self.inputs
-        return validate(engine, self.config, inputs.folders, inputs.text_encoder, batch_size=rows, stop=stop)
+        return validate(
+            engine,
+            self.config,
+            self.inputs.folders,
+            self.inputs.text_encoder,
+            batch_size=rows,
+            tokenize=self._tokenize,
+            stop=stop,
+        )
 
     def finish(self, engine: Any, checkpoints: Path) -> dict[str, float]:
         export(engine, self.config, self.inputs)

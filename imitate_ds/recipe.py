@@ -4,9 +4,11 @@ Between the rooms below and the entrances: `pretrain` does many steps, `replay` 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,15 @@ from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
 from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.text_encoder import HuggingFaceEncoder
+from imitate_ds.models.text_tower import (
+    TOWER,
+    TextSource,
+    TextTower,
+    build_text_tower,
+    open_text_source,
+    trained_encoder,
+)
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
 from imitate_ds.training.checkpoint import read_state
@@ -37,11 +48,12 @@ class Inputs(NamedTuple):
     """What a run is made from, opened and checked before anything is built."""
 
     folders: list[ShardIndex]
-    text_encoder: str  # fingerprint
+    text_encoder: str  # fingerprint of the one that embedded the shards
     text_width: int
     horizon: Horizon
     batch_norm: str  # resolved policy
     nodes: int
+    online: TextSource | None = None  # the text encoder that runs in training, if one does
 
 
 def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
@@ -56,7 +68,20 @@ def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
     total = min(total, config.train.max_steps or total)
     horizon = Horizon(plan.samples, batch_size, plan.steps_per_epoch, total)
     policy = batch_norm_policy(config.train, training_device())
-    return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count())
+    online = _open_online(config, folders[0], info) if config.text.mode == "online" else None
+    return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count(), online)
+
+
+def _open_online(config: RunConfig, folder: ShardIndex, info: Mapping[str, Any]) -> TextSource:
+    if config.text.encoder:
+        return open_text_source(config.text, config.text.encoder)
+    if info["kind"] != HuggingFaceEncoder.kind:
+        raise ValueError(
+            f"text.mode = 'online': '{folder.root}' is embedded by {info['kind']}, which cannot learn; name a Hugging Face "
+            "encoder, as in --set text.encoder=emilyalsentzer/Bio_ClinicalBERT, or embed the shards with one: "
+            "'imitate-ds shards embed DIR --text-encoder NAME'"
+        )
+    return open_text_source(config.text, str(fetch_encoder(folder)))
 
 
 def global_batch_size(train: TrainConfig, checkpoint: Path | None) -> int:
@@ -105,19 +130,31 @@ def run_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "weights of shards": [part.weight for part in config.data.shards],
         "version of the plan": PLAN,
         "text encoder": inputs.text_encoder,
+        "text encoder in training": inputs.online and inputs.online.fingerprint,
     }
-    return identity(config, data)
+    found = identity(config, data)
+    if inputs.online is None:  # runs from before there was a choice go on
+        found = {key: value for key, value in found.items() if not key.startswith("text.")}
+    return found
 
 
 def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+    tower = build_text_tower(config.text, inputs.online) if inputs.online else None
     torch.manual_seed(config.seed)
-    model = _model(config, inputs)
+    model = _model(config, inputs, tower)
     return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
 
 
-def _model(config: RunConfig, inputs: Inputs) -> ImitateModel:
+def _model(config: RunConfig, inputs: Inputs, tower: TextTower | None = None) -> ImitateModel:
+    """Without a text tower, as it is exported, unless one is given."""
     size, temperature = config.data.input_size, config.objective.temperature
-    return ImitateModel(config.model, inputs.text_width, input_size=size, temperature=temperature)
+    width = inputs.online.width if inputs.online else inputs.text_width
+    return ImitateModel(config.model, width, input_size=size, temperature=temperature, text_tower=tower)
+
+
+def rate_share(config: RunConfig, parameter: str) -> float:
+    """Of the learning rate of the step, for a parameter by name."""
+    return config.text.lr_share if parameter.startswith(TOWER) else 1.0
 
 
 def train_step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:
@@ -188,7 +225,7 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
         )
     empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
     model = _model(config.model_copy(update={"model": empty}), inputs)
-    model.load_state_dict(state)
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(TOWER)})
     horizon = inputs.horizon
     card = {
         "data": sources_of(inputs),
@@ -200,8 +237,22 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
         "steps": horizon.total_steps,
         "global_batch_size": horizon.global_batch_size,
     }
-    encoder = fetch_encoder(first)
-    hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+    if inputs.online:
+        card["text encoder"] = f"online, trainable_layers {config.text.trainable_layers}"
+    with _text_encoder_folder(config, inputs, state) as encoder:
+        hub.save_pretrained(model, config.run_dir / "export", config=config, text_encoder_folder=encoder, card=card)
+
+
+@contextmanager
+def _text_encoder_folder(config: RunConfig, inputs: Inputs, state: Mapping[str, Tensor]) -> Iterator[Path]:
+    """The text encoder that belongs to the exported model: that of the shards, or as it has become in training."""
+    if inputs.online is None:
+        yield fetch_encoder(inputs.folders[0])
+        return
+    with TemporaryDirectory(dir=config.run_dir, prefix=".text_encoder.") as scratch:
+        folder = Path(scratch) / "text_encoder"
+        trained_encoder(inputs.online, state).save(folder)
+        yield folder
 
 
 def sources_of(inputs: Inputs) -> str:

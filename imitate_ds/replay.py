@@ -17,7 +17,7 @@ from imitate_ds.config import RunConfig, load_run_config
 from imitate_ds.data.loader import build_train_loader
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import gather_objects, init_world, leave_world, mean_over_ranks, training_device, world
-from imitate_ds.recipe import build_model, open_inputs, run_identity, train_step, with_operands
+from imitate_ds.recipe import build_model, open_inputs, rate_share, run_identity, train_step, with_operands
 from imitate_ds.training.checkpoint import load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, verify_checkpoint
 from imitate_ds.training.engine import build_engine, set_training_mode, take_step
@@ -49,7 +49,7 @@ def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
     inputs = open_inputs(config, checkpoint)
     as_it_was = config if not precision else load_run_config(run_dir / "config.yaml")
     check_same_run(run_identity(with_operands(as_it_was), inputs), read_state(checkpoint)["identity"], checkpoint)
-    engine = build_engine(build_model(config, inputs), config.train, config.optim)
+    engine = build_engine(build_model(config, inputs), config.train, config.optim, partial(rate_share, config))
     load_checkpoint(engine, checkpoint)
     (batch,) = build_train_loader(
         config,
@@ -59,6 +59,7 @@ def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
         stop_step=step + 1,
         global_batch_size=inputs.horizon.global_batch_size,
         folders=inputs.folders,
+        tokenize=inputs.online.tokenize if inputs.online else None,
     )
     return _one_step(engine, config, batch, inputs.batch_norm)
 

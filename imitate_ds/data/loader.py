@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imitate_ds.batch import Batch
+from imitate_ds.batch import Batch, Tokens
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.batch_buffers import BatchBuffers
 from imitate_ds.data.shard_index import ShardIndex, open_index, write_atomic
@@ -32,6 +32,8 @@ from imitate_ds.data.transforms import VIEWS, TrainViews, eval_view
 from imitate_ds.data.worker_processes import PREFETCHED_BY_WORKER, in_workers
 
 log = logging.getLogger(__name__)
+
+Tokenize = Callable[[Sequence[str]], list[list[int]]]  # texts -> the ids of their tokens
 
 VERIFY = "check the shards with 'imitate-ds shards verify'"
 
@@ -54,8 +56,11 @@ class Request(NamedTuple):
 class _TrainSet(Dataset):
     """A request -> its batch, in whichever process asks."""
 
-    def __init__(self, reader: ShardReader, plan: ShardPlan, config: RunConfig, first_row: int):
+    def __init__(
+        self, reader: ShardReader, plan: ShardPlan, config: RunConfig, first_row: int, tokenize: Tokenize | None
+    ):
         self.reader = reader
+        self.tokenize = tokenize
         self.plan = plan
         self.first_row = first_row  # of the global batch
         self.seed = config.seed
@@ -73,12 +78,13 @@ class _TrainSet(Dataset):
         damaged = [found for _, _, several in read for found in several]
         _check_damage(damaged, self.max_skipped, self.plan.epoch_of(step))
         images, draws = torch.stack([sample.image for sample in samples]), self.views.draw(seeds)
+        batch = _collate(samples, images[:, None], step, self.tokenize)
         if self.on_device:
-            return _packed(_collate(samples, images[:, None], step)._replace(draws=draws)), damaged, None
+            return _packed(batch._replace(draws=draws)), damaged, None
         if self.buffers is None or buffer is None:
-            return _packed(_collate(samples, self.views(images, draws), step)), damaged, None
+            return _packed(batch._replace(images=self.views(images, draws))), damaged, None
         self.views(images, draws, out=self.buffers.to_fill(buffer))
-        return _packed(_collate(samples, torch.empty(0), step)), damaged, buffer
+        return _packed(batch._replace(images=torch.empty(0))), damaged, buffer
 
     def _read(self, step: int, position: int, row: PlannedSample) -> tuple[Sample, PlannedSample, list[Damaged]]:
         """A planned sample, or the first of its substitutes that is whole."""
@@ -95,8 +101,11 @@ class _TrainSet(Dataset):
 
 
 class _EvalSet(Dataset):
-    def __init__(self, reader: ShardReader, samples: list[int], batch_size: int, input_size: int):
+    def __init__(
+        self, reader: ShardReader, samples: list[int], batch_size: int, input_size: int, tokenize: Tokenize | None
+    ):
         self.reader = reader
+        self.tokenize = tokenize
         self.samples = samples
         self.batch_size = batch_size
         self.input_size = input_size
@@ -108,7 +117,7 @@ class _EvalSet(Dataset):
         mine = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
         samples = [self._read(self.reader.row_of(sample)) for sample in mine]
         views = [eval_view(sample.image, self.input_size)[None] for sample in samples]
-        return _collate(samples, torch.stack(views), step)
+        return _collate(samples, torch.stack(views), step, self.tokenize)
 
     def _read(self, where: PlannedSample) -> Sample:
         try:
@@ -220,10 +229,11 @@ def build_train_loader(
     global_batch_size: int = 0,
     folders: Sequence[ShardIndex] | None = None,
     record: Path | None = None,
+    tokenize: Tokenize | None = None,
 ) -> TrainBatches:
     """This rank's share of the global batches start_step .. stop_step - 1, two views of every sample.
 
-    global_batch_size: that of the run; 0: as config says for world_size ranks.
+    global_batch_size: that of the run; 0: as config says for world_size ranks. tokenize: batches hold tokens too.
 
     A damaged sample is replaced by another one, logged by key, counted, and written to `record` (JSON lines) if given;
     above data.max_skipped damaged samples on a rank in one epoch, iterating raises RuntimeError.
@@ -240,10 +250,11 @@ def build_train_loader(
         impression_text=data.impression_text,
         verify=data.verify,
         may_lack_text=data.max_skipped > 0,
+        with_words=tokenize is not None,
     )
     requests = _Requests(plan, reader, rank, world_size, range(start_step, stop_step))
     first_row = rank_rows(global_batch_size, rank, world_size).start
-    return TrainBatches(_TrainSet(reader, plan, config, first_row), requests, data.workers, record)
+    return TrainBatches(_TrainSet(reader, plan, config, first_row, tokenize), requests, data.workers, record)
 
 
 def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
@@ -310,21 +321,27 @@ def build_eval_loader(
     world_size: int = 1,
     with_text: bool = True,
     text_encoder: str = "",
+    tokenize: Tokenize | None = None,
 ) -> DataLoader:
     """Every sample of a split once, in index order, one view each; rank r has the r-th contiguous part.
 
     All ranks get the same number of batches of the same sizes, so that collectives match: the split's last sample is
     repeated to fill up, and whoever gathers drops repeats by key. Batch.step counts the batches. with_text=False reads
-    no embeddings; the text fields are then empty. A damaged sample raises ValueError: a figure over most of a split
-    is not a figure of the split.
+    no embeddings; the text fields are then empty. tokenize: batches hold tokens too. A damaged sample raises ValueError:
+    a figure over most of a split is not a figure of the split.
     """
     folders = [folders] if isinstance(folders, ShardIndex) else folders
     reader = ShardReader(
-        folders, split, impression_text=impression_text, with_text=with_text, text_encoder=text_encoder
+        folders,
+        split,
+        impression_text=impression_text,
+        with_text=with_text,
+        with_words=tokenize is not None,
+        text_encoder=text_encoder,
     )
     share = -(-reader.samples // world_size)
     mine = [min(rank * share + i, reader.samples - 1) for i in range(share)]
-    batches = _EvalSet(reader, mine, batch_size, input_size)
+    batches = _EvalSet(reader, mine, batch_size, input_size, tokenize)
     return in_workers(batches, workers, range(len(batches)))
 
 
@@ -339,8 +356,8 @@ def view_seed(seed: int, visit: int, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def _collate(samples: list[Sample], images: Tensor, step: int) -> Batch:
-    keys, _, findings, impression, has_findings, has_impression = zip(*samples, strict=True)
+def _collate(samples: list[Sample], images: Tensor, step: int, tokenize: Tokenize | None) -> Batch:
+    keys, _, findings, impression, has_findings, has_impression, words = zip(*samples, strict=True)
     return Batch(
         keys=list(keys),
         images=images,
@@ -349,19 +366,31 @@ def _collate(samples: list[Sample], images: Tensor, step: int) -> Batch:
         has_findings=torch.tensor(has_findings),
         has_impression=torch.tensor(has_impression),
         step=step,
+        tokens=_tokens(words, tokenize) if tokenize else None,
     )
+
+
+def _tokens(reports: Sequence[tuple[str, str]], tokenize: Tokenize) -> Tokens:
+    """Of findings and impression of every report; one that is missing has none, not even the marks of a text."""
+    sections = [section for report in reports for section in report]
+    found = iter(tokenize([section for section in sections if section]))
+    ids = [next(found) if section else [] for section in sections]
+    lengths = torch.tensor([len(numbers) for numbers in ids]).view(-1, 2)
+    return Tokens(torch.tensor([number for numbers in ids for number in numbers], dtype=torch.int32), lengths)
 
 
 def _packed(batch: Batch) -> Batch:
     """With numpy arrays, all but the images: they go through the pipe by value. A tensor costs two handshakes of the worker
     with the training process, 1 ms for each of the four small ones."""
-    return batch._replace(**{name: value.numpy() for name, value in _small_tensors(batch, Tensor)})
+    tokens = batch.tokens and Tokens(*(part.numpy() for part in batch.tokens))  # type: ignore[arg-type]
+    small = {name: value.numpy() for name, value in _small_tensors(batch, Tensor)}
+    return batch._replace(**{**small, "tokens": tokens})
 
 
 def _unpacked(batch: Batch) -> Batch:
-    return batch._replace(
-        **{name: _pinned(torch.from_numpy(value)) for name, value in _small_tensors(batch, np.ndarray)}
-    )
+    small = {name: _pinned(torch.from_numpy(value)) for name, value in _small_tensors(batch, np.ndarray)}
+    tokens = batch.tokens and Tokens(*(_pinned(torch.from_numpy(part)) for part in batch.tokens))
+    return batch._replace(**{**small, "tokens": tokens})
 
 
 def _small_tensors(batch: Batch, kind: type) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ In any order, so a run starts anywhere without reading what came before. What is
 what becomes of it is the loader's.
 """
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from imitate_ds.data.shard_index import ShardEntry, ShardIndex, read_at
 from imitate_ds.data.shard_plan import PlannedSample
 from imitate_ds.data.shard_store import UnreachableError
 from imitate_ds.data.stored_images import decode_stored
-from imitate_ds.data.text_cache import load_text_cache, sidecar_file, text_info
+from imitate_ds.data.text_cache import load_text_cache, sections_of, sidecar_file, text_info
 
 OPEN_SHARDS = 64  # tars a worker holds open; a batch of one rank lies in fewer
 SAMPLED = 16  # data.verify = sampled compares every so-manieth sample
@@ -30,6 +31,7 @@ class Sample(NamedTuple):
     impression: Tensor
     has_findings: bool
     has_impression: bool
+    words: tuple[str, str] | None = None  # findings and impression, for a text encoder that runs in training
 
 
 class _Texts(NamedTuple):
@@ -52,6 +54,7 @@ class ShardReader:
 
     Shards are counted over all folders. text_encoder: the fingerprint that embeddings must have, where it is known. verify:
     which radiographs are compared with their checksum, and whether embeddings are when their file is opened (data.verify).
+    with_words: the texts themselves, besides their embeddings.
     """
 
     def __init__(
@@ -61,12 +64,13 @@ class ShardReader:
         *,
         impression_text: str = "impression",
         with_text: bool = True,
+        with_words: bool = False,
         text_encoder: str = "",
         verify: str = "full",
         may_lack_text: bool = False,
     ):
         self.impression_text = impression_text
-        self.with_text = with_text
+        self.with_text, self.with_words = with_text, with_words
         self.verify = verify
         self._shards = [(folder, shard) for folder in folders for shard in folder.of_split(split)]
         self._starts = np.cumsum([0, *(shard.samples for _, shard in self._shards)])
@@ -101,13 +105,21 @@ class ShardReader:
         if not opened.texts.finite[row]:
             raise ValueError("text embedding is not finite: run 'imitate-ds shards embed'")
         findings, impression, has_findings, has_impression, _ = opened.texts
-        return Sample(key, image, findings[row], impression[row], has_findings[row], has_impression[row])
+        words = self._words(where, opened.file) if self.with_words else None
+        return Sample(key, image, findings[row], impression[row], has_findings[row], has_impression[row], words)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Have the files of remote shards fetched in the background."""
         for folder, shard in (self._shards[number] for number in shards):
             texts = [sidecar_file(self._text_info[folder.root], shard)] if self.with_text else []
             folder.prefetch([shard.file, *texts])
+
+    def _words(self, where: PlannedSample, file: BinaryIO) -> tuple[str, str]:
+        _, shard = self._shards[where.shard]
+        member = shard.members[where.row]
+        crc = member.meta_crc if self._verifies(where) else None
+        sections = sections_of(json.loads(read_at(file, shard, member.meta_offset, member.meta_size, crc)))
+        return sections["findings"], sections[self.impression_text]
 
     def _verifies(self, where: PlannedSample) -> bool:
         return self.verify == "full" or (self.verify == "sampled" and (where.row + where.visit) % SAMPLED == 0)

@@ -6,9 +6,9 @@ holds the rows of one tar in the order of its members, and says which encoder an
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,6 +115,13 @@ def load_text_cache(root: Path, shard: ShardEntry, info: dict | None = None, *, 
     return cache
 
 
+def sections_of(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Findings, impression, and both in one text as `report`, of the JSON values of a sample; "" where absent."""
+    findings, impression = (_clean(meta[name]) for name in ("findings", "impression"))
+    report = " ".join(text for text in (findings, impression) if text)
+    return {"findings": findings, "impression": impression, "report": report}
+
+
 def text_info(index: ShardIndex, *, fresh: bool = True) -> dict:
     """What text.json says: kind and fingerprint of the encoder, its width, the build it embedded, and the files.
 
@@ -202,9 +209,8 @@ def _saved_fingerprint(folder: Path) -> str | None:
 
 def _embed_shard(index: ShardIndex, shard: ShardEntry, encoder: Encoder, batch_size: int) -> None:
     metas = [meta for _, _, meta in read_shard(index.root, shard)]
-    sections = {name: [_clean(meta[name]) for meta in metas] for name in ("findings", "impression")}
-    pairs = zip(sections["findings"], sections["impression"], strict=True)
-    sections["report"] = [" ".join(text for text in pair if text) for pair in pairs]
+    reports = [sections_of(meta) for meta in metas]
+    sections = {name: [report[name] for report in reports] for name in ("findings", "impression", "report")}
     rows = _embed(encoder, [text for texts in sections.values() for text in texts], batch_size)
     tensors = dict(zip(sections, rows.split(len(metas)), strict=True))
     for name in ("findings", "impression"):

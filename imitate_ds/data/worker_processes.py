@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable
 from functools import cache
@@ -23,6 +24,8 @@ def in_workers(batches: Dataset, workers: int, requests: Iterable) -> DataLoader
     """
     if workers:
         _register_end()
+        # Threads of the tokenizers library do not survive a fork; it would say so in every worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         batches,
         batch_size=None,

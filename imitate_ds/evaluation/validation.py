@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imitate_ds.batch import Batch, Features
 from imitate_ds.config import RunConfig
-from imitate_ds.data.loader import build_eval_loader
+from imitate_ds.data.loader import Tokenize, build_eval_loader
 from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.distributed import gather_rows, training_device, world
 from imitate_ds.metrics import recall_at_k
@@ -24,13 +24,15 @@ def validate(
     text_encoder: str = "",
     *,
     batch_size: int = 0,
+    tokenize: Tokenize | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
 
     engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
-    batch_size: studies at once on a rank; 0: train.micro_batch_size. stop: asked after every batch, must answer alike on all
-    ranks; where it says True, nothing is measured and None comes back.
+    batch_size: studies at once on a rank; 0: train.micro_batch_size. tokenize: for a model with a text tower, which then
+    embeds every text as it is now; the embeddings in the shards only say which texts are equal. stop: asked after every
+    batch, must answer alike on all ranks; where it says True, nothing is measured and None comes back.
     """
     here, device = world(), training_device()
     engine.module.eval()
@@ -44,6 +46,7 @@ def validate(
         rank=here.rank,
         world_size=here.size,
         text_encoder=text_encoder,
+        tokenize=tokenize,
     )
     parts: dict[str, list[Tensor]] = {}
     for batch in loader:

@@ -1,5 +1,6 @@
 """Batch -> Features: one image encoder, an impression branch, a findings branch, a text projection."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from imitate_ds.models.aggregation import HierarchicalAggregation, draw_seed
 from imitate_ds.models.image_encoder import ImageEncoder
 from imitate_ds.models.projection import ProjectionHead
 from imitate_ds.models.temperature import LearnableTemperature
+from imitate_ds.models.text_tower import TextTower
 
 
 class FindingsBranch(nn.Module):
@@ -41,10 +43,12 @@ class ImitateModel(nn.Module):
         *,
         input_size: int | None = None,
         temperature: TemperatureConfig | None = None,
+        text_tower: TextTower | None = None,
     ):
-        """text_width: width of the frozen text embeddings. input_size: pixels, for encoders that must know (ViT).
+        """text_width: width of the text embeddings. input_size: pixels, for encoders that must know (ViT).
 
-        temperature: the model learns it if that says so. Only training asks; an export holds the number.
+        temperature: the model learns it if that says so. Only training asks; an export holds the number. text_tower: makes
+        the embeddings of texts, which then need not be in the batch; in an export it is a folder of its own.
         """
         super().__init__()
         self.config = config
@@ -57,6 +61,7 @@ class ImitateModel(nn.Module):
         self.findings_branch = FindingsBranch(self.image_encoder.channels, config) if enabled else None
         self.text_projection = ProjectionHead(text_width, config.text_hidden, joint, norm)
         self.temperature = LearnableTemperature(temperature) if temperature and temperature.learnable else None
+        self.text_tower = text_tower
 
     def forward(self, batch: Batch) -> Features:
         """All B * V views go through the backbone and each head together, so a BatchNorm sees both views at once.
@@ -94,7 +99,7 @@ class ImitateModel(nn.Module):
         return rows
 
     def encode_text(self, embeddings: Tensor) -> Tensor:
-        """Frozen text embeddings [n, E] -> unit rows [n, D]; the same projection serves both sections."""
+        """Text embeddings [n, E] -> unit rows [n, D]; the same projection serves both sections."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self.text_width:
             raise ValueError(
                 f"embeddings: must be [n, {self.text_width}], as wide as the text encoder that this model was trained "
@@ -116,14 +121,21 @@ class ImitateModel(nn.Module):
         A missing section is a row of zeros, which would distort the statistics of a BatchNorm; the study's other
         section stands in. The objective masks such rows, so nothing is ever aligned with them.
         """
+        findings, impression = self._sections(batch)
         if self.findings_branch is None:  # nothing is aligned with the findings: they must not shape the statistics
-            text = self.encode_text(batch.impression)
+            text = self.encode_text(impression)
             return text, text
         has_impression, has_findings = batch.has_impression[:, None], batch.has_findings[:, None]
-        impression = torch.where(has_impression, batch.impression, batch.findings)
-        findings = torch.where(has_findings, batch.findings, batch.impression)
-        first, second = self.encode_text(torch.cat([impression, findings])).chunk(2)
+        filled = torch.where(has_impression, impression, findings), torch.where(has_findings, findings, impression)
+        first, second = self.encode_text(torch.cat(filled)).chunk(2)
         return first, second
+
+    def _sections(self, batch: Batch) -> Sequence[Tensor]:
+        """Embeddings of findings and impression [B, E] each, zeros where missing: of the tower, or those that came along."""
+        if self.text_tower is None:
+            return batch.findings, batch.impression
+        assert batch.tokens is not None, "a model with a text tower wants batches with tokens"
+        return self.text_tower(batch.tokens, with_findings=self.findings_branch is not None).unbind(dim=1)
 
 
 def _pooled(levels: list[Tensor]) -> Tensor:

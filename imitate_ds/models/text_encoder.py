@@ -8,7 +8,8 @@ reports, for where no hub can be reached. Neither is ever pickled: a saved folde
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,20 +109,23 @@ class HuggingFaceEncoder:
     kind: Literal["huggingface"] = "huggingface"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS):
-        self._model = model.eval().float().requires_grad_(False)
+        self.model = model.eval().float().requires_grad_(False)
         self._tokenizer = tokenizer
         longest = getattr(model.config, "max_position_embeddings", max_tokens)
-        self._max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
+        self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
         self.width: int = model.config.hidden_size
-        about = {"kind": self.kind, "pooling": "cls", "max_tokens": self._max_tokens}
+        about = {"kind": self.kind, "pooling": "cls", "max_tokens": self.max_tokens}
         about |= {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(PROBE)["input_ids"]}
         self.fingerprint = _fingerprint(about, model.state_dict())
 
     @classmethod
-    def load(cls, name_or_folder: str, max_tokens: int = MAX_TOKENS) -> "HuggingFaceEncoder":
+    def load(
+        cls, name_or_folder: str, max_tokens: int = MAX_TOKENS, weights: Mapping[str, Tensor] | None = None
+    ) -> "HuggingFaceEncoder":
         """Load from a local folder, the local cache, or the hub; onto the CUDA device where there is one.
 
-        Raises FileNotFoundError where it is in none of them, ValueError where its vocabulary is missing.
+        weights: the model's, instead of those found there. Raises FileNotFoundError where it is in none of them, ValueError
+        where its vocabulary is missing.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
@@ -137,7 +141,14 @@ class HuggingFaceEncoder:
                 f"text encoder = {name_or_folder!r}: its tokenizer knows {len(tokenizer)} tokens, its model "
                 f"{model.config.vocab_size}; the folder lacks tokenizer.json or vocab.txt"
             )
+        if weights is not None:
+            model.load_state_dict(weights)
         return cls(model.to(_device()), tokenizer, max_tokens)
+
+    @property
+    def tokenize(self) -> Callable[[Sequence[str]], list[list[int]]]:
+        """Texts -> the ids of their tokens, as encode reads them. It holds no weights, so workers can have it."""
+        return partial(_token_ids, self._tokenizer, self.max_tokens)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """float32 [n, E] on the CPU; a missing text is a zero row."""
@@ -145,37 +156,38 @@ class HuggingFaceEncoder:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._model.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        about = {"kind": self.kind, "width": self.width, "max_tokens": self._max_tokens}
+        about = {"kind": self.kind, "width": self.width, "max_tokens": self.max_tokens}
         _describe(folder, {**about, "fingerprint": self.fingerprint})
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
-            list(texts), truncation=True, max_length=self._max_tokens, padding=True, return_tensors="pt"
+            list(texts), truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
         )
-        return self._model(**tokens.to(self._model.device)).last_hidden_state[:, 0].float().cpu()
+        return self.model(**tokens.to(self.model.device)).last_hidden_state[:, 0].float().cpu()
 
 
 TextEncoder = LsaEncoder | HuggingFaceEncoder
 
 
-def load_text_encoder(name_or_folder: str) -> TextEncoder:
+def load_text_encoder(name_or_folder: str, max_tokens: int = 0) -> TextEncoder:
     """A folder that `save` wrote, a folder with a Hugging Face model, or the name of one on the hub.
 
-    Raises FileNotFoundError where it is nowhere, ValueError where the folder is something else.
+    max_tokens: that a Hugging Face encoder reads of a text; 0: as many as `save` noted, or 256. Raises FileNotFoundError
+    where it is nowhere, ValueError where the folder is something else.
     """
     if name_or_folder == LsaEncoder.kind:
         raise ValueError("text encoder = 'lsa': is fitted on the training reports; use 'imitate-ds shards embed'")
     folder = Path(name_or_folder)
     about = describe_text_encoder(folder)
     if not about:
-        return HuggingFaceEncoder.load(name_or_folder)
+        return HuggingFaceEncoder.load(name_or_folder, max_tokens or MAX_TOKENS)
     if about.get("kind") == LsaEncoder.kind:
         return LsaEncoder.load(folder)
     if about.get("kind") == HuggingFaceEncoder.kind:
-        return HuggingFaceEncoder.load(name_or_folder, about.get("max_tokens", MAX_TOKENS))
+        return HuggingFaceEncoder.load(name_or_folder, max_tokens or about.get("max_tokens", MAX_TOKENS))
     raise ValueError(f"{folder / DESCRIPTION}: kind = {about.get('kind')!r}: must be 'lsa' or 'huggingface'")
 
 
@@ -208,6 +220,10 @@ def _encode_present(
         chosen = present[start : start + batch_size]
         rows[chosen] = encode([texts[row] for row in chosen])
     return rows
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, max_tokens: int, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"] if texts else []
 
 
 def _fingerprint(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:

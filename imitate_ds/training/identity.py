@@ -42,6 +42,7 @@ FREE_SETTINGS = {
     "train.images_every",
     "train.patience",
     "encoder.init",  # may move; its weights may not change
+    "text.encoder",  # likewise
 }
 # Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
 RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
