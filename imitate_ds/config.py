@@ -108,16 +108,12 @@ class TextConfig(Section):
     max_tokens: int = Field(default=0, ge=0)  # that are read of a section; 0: as many as its folder says, or 256
     lr_share: float = Field(default=0.1, gt=0)  # of optim.lr, for what learns of it
 
-    @model_validator(mode="after")
-    def _online_or_nothing(self) -> "TextConfig":
-        if 0 < self.max_tokens < 3:
-            raise ValueError(f"max_tokens = {self.max_tokens}: must be 0, or at least 3: a word between two marks")
-        changed = [name for name, field in TextConfig.model_fields.items() if getattr(self, name) != field.default]
-        if self.mode == "cached" and changed:
-            raise ValueError(
-                f"{changed[0]} = {getattr(self, changed[0])!r}: is for text.mode: online; set that, or leave it"
-            )
-        return self
+    @field_validator("max_tokens")
+    @classmethod
+    def _room_for_a_word(cls, value: int) -> int:
+        if 0 < value < 3:
+            raise ValueError("must be 0, or at least 3: a word between two marks")
+        return value
 
 
 class AggregationConfig(Section):
@@ -273,6 +269,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.grad_cache_chunk = {chunk}: must be at least 2 and divide train.micro_batch_size = {rows}"
             )
+        if self.text.mode == "cached" and self.text != TextConfig():
+            name, value = next((n, v) for n, v in self.text if v != getattr(TextConfig(), n))
+            raise ValueError(f"text.{name} = {value!r}: is for text.mode: online; set that too, or leave it out")
         if self.train.keep_best and not (self.data.val_split and self.train.eval_every):
             raise ValueError(
                 f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "

@@ -66,6 +66,20 @@ def test_temperature_and_negatives_may_be_written_short():
     assert "must be above min = 0.05" in message({**MINIMAL, "objective": {"temperature": learnable}})
 
 
+def test_how_much_of_a_text_encoder_learns():
+    for layers in (0, 6, "all"):
+        config = build_run_config({**MINIMAL, "text": {"mode": "online", "trainable_layers": layers}})
+        assert config.text.trainable_layers == layers
+        assert build_run_config(load_yaml(dump_settings(config))) == config
+    for wrong in (-1, "some", 1.5, True):
+        text = message({**MINIMAL, "text": {"mode": "online", "trainable_layers": wrong}})
+        assert text == f"text.trainable_layers = {wrong!r}: must be a number of layers, 0 or more, or all"
+    assert "text.lr_share = 0.5: is for text.mode: online" in message({**MINIMAL, "text": {"lr_share": 0.5}})
+    assert "text.max_tokens = 2: must be 0, or at least 3" in message(
+        {**MINIMAL, "text": {"mode": "online", "max_tokens": 2}}
+    )
+
+
 def test_a_preset_can_be_refined_within_a_section():
     config = build_run_config({**MINIMAL, "preset": "paper", "objective": {"negatives": {"exchange": "owner"}}})
     assert (config.objective.negatives.scope, config.objective.negatives.exchange) == ("local", "owner")

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from imitate_ds.batch import Tokens
 from imitate_ds.config import TextConfig
@@ -49,7 +50,7 @@ class TextTower(nn.Module):
 
         with_findings=False leaves findings out as if they were missing.
         """
-        lengths, wanted = tokens.lengths, tokens.lengths > 0  # on the CPU: nothing here waits for the device
+        lengths, wanted = tokens.lengths, tokens.lengths > 0  # on the CPU: nothing of ours waits for the device
         wanted[:, 0] &= with_findings
         rows = wanted.flatten().nonzero().squeeze(1)
         vectors = self._vectors(tokens, rows if len(rows) else torch.zeros(1, dtype=torch.long))
@@ -80,7 +81,14 @@ class TextSource(NamedTuple):
 
 def open_text_source(config: TextConfig, name_or_folder: str) -> TextSource:
     """Raises FileNotFoundError or ValueError where this is no Hugging Face encoder, or not one that can learn as config says."""
-    encoder = load_text_encoder(name_or_folder, config.max_tokens)
+    disable_progress_bar()  # every rank would draw its own
+    try:
+        encoder = load_text_encoder(name_or_folder, config.max_tokens)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"text.encoder = {name_or_folder!r}: neither a folder with a Hugging Face model and tokenizer, nor the name of one "
+            "that is here or at the hub; where there is a network run 'hf download NAME --local-dir DIR' and name DIR"
+        ) from error
     if not isinstance(encoder, HuggingFaceEncoder):
         raise ValueError(
             f"text.encoder = {name_or_folder!r}: is of kind {encoder.kind}, which cannot learn; name a Hugging Face encoder"

@@ -104,6 +104,8 @@ def test_what_cannot_learn_as_asked_is_refused(bert, tmp_path):
         open_text_source(TextConfig(mode="online", trainable_layers=3), str(bert))
     with pytest.raises(ValueError, match=r"text\.max_tokens = 65: this encoder reads 64 at most"):
         open_text_source(TextConfig(mode="online", max_tokens=65), str(bert))
+    with pytest.raises(FileNotFoundError, match=r"text\.encoder = .*: neither a folder .* 'hf download"):
+        open_text_source(TextConfig(mode="online"), str(tmp_path / "none"))
     LsaEncoder.fit(["clear lungs", "large heart"], dim=2).save(tmp_path)
     with pytest.raises(ValueError, match=r"text\.encoder = .* is of kind lsa, which cannot learn"):
         open_text_source(TextConfig(mode="online"), str(tmp_path))

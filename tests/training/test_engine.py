@@ -15,7 +15,15 @@ from imitate_ds.training.engine import (
     set_training_mode,
 )
 from tests.launching import run
-from tests.training.zero_worker import OBJECTIVE, OPTIM, STEPS, build_model, global_batch, rank_batch
+from tests.training.zero_worker import (
+    OBJECTIVE,
+    OPTIM,
+    STEPS,
+    batch_with_tokens,
+    build_model,
+    global_batch,
+    rank_batch,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +35,19 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
+    return alone(build_model(), STEPS, global_batch)
+
+
+def alone(model, steps, make_batch):
     """The same steps in plain PyTorch on the whole batch."""
-    model = build_model()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.requires_grad_(False)
     optimizer = build_optimizer(model, OPTIM, on_cuda=False)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         set_training_mode(model, "freeze")
-        batch = global_batch(step)
+        batch = make_batch(step)
         loss = imitate_loss(model(batch), batch, OBJECTIVE).total
         optimizer.zero_grad()
         loss.backward()
@@ -53,6 +64,18 @@ def test_two_ranks_equal_one_process(two_ranks, one_process, stage):
     for rank in ranks:
         assert rank[f"zero{stage}"]["losses"] == pytest.approx(losses, rel=2e-5)
         assert rank[f"zero{stage}"]["norms"] == pytest.approx(norms, rel=2e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("layers", ["all", 1])
+def test_a_text_encoder_learns_on_two_ranks_as_in_one_process(two_ranks, layers, stage):
+    """Also where a rank has no text at all; with one layer also in chunks, of which some have none."""
+    _, losses, norms = alone(build_model(layers), 2, batch_with_tokens)
+    for rank in two_ranks[1]:
+        found = rank[f"zero{stage}"]["towers"]
+        assert found[str(layers)][0] == pytest.approx(losses, rel=2e-5)
+        assert found[str(layers)][1] == pytest.approx(norms, rel=2e-4)
+        assert found["bf16"][0] == pytest.approx(losses[:1], rel=0.05)
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from imitate_ds.batch import Features
 from imitate_ds.config import ModelConfig, ObjectiveConfig, TemperatureConfig, TrainConfig
 from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.text_tower import TextTower
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.engine import _check_one_reduction, hold_batch_norm_statistics, set_training_mode
 from imitate_ds.training.grad_cache import backward_in_chunks
-from tests.training.zero_worker import MODEL, SIZE, TEXT_WIDTH, global_batch
+from tests.tiny_bert import tiny_bert
+from tests.training.zero_worker import MODEL, SIZE, TEXT_WIDTH, WORDS, batch_with_tokens, global_batch
 
 OBJECTIVE = ObjectiveConfig(temperature=TemperatureConfig(learnable=True))
 
@@ -96,6 +98,17 @@ def test_both_passes_of_a_chunk_draw_alike_and_randomness_goes_on():
     assert torch.equal(torch.get_rng_state(), after)
     engine.module(batch.split(4)[0])
     assert not torch.equal(engine.module(batch.split(4)[0])[0], engine.seen[0][0])  # it does draw
+
+
+def test_both_passes_drop_alike_in_a_text_encoder():
+    batch, tower = batch_with_tokens(0), TextTower(tiny_bert(WORDS, dropout=0.3), "all")
+    network = ImitateModel(MODEL, tower.width, input_size=SIZE, text_tower=tower)
+    set_training_mode(network, "freeze")
+    engine = PlainEngine(network)
+    backward_in_chunks(engine, batch.split(2), Features.join, partial(loss_of, batch=batch))
+    for first, second in zip(engine.seen[:2], engine.seen[2:], strict=True):
+        assert torch.equal(first.text_findings, second.text_findings)
+    assert not torch.equal(network(batch.split(2)[0]).text_findings, engine.seen[0].text_findings)  # it does draw
 
 
 def test_batch_norm_learns_its_statistics_once():

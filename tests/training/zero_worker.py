@@ -5,22 +5,26 @@ Run as `python -m tests.training.zero_worker OUT_DIR` under RANK, WORLD_SIZE, MA
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from imitate_ds.batch import Batch, Features, Losses
+from imitate_ds.batch import Batch, Features, Losses, Tokens
 from imitate_ds.config import ModelConfig, ObjectiveConfig, OptimConfig, TemperatureConfig, TrainConfig
 from imitate_ds.distributed import barrier, init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.text_tower import TextTower
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep
 from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
 from imitate_ds.training.grad_cache import backward_in_chunks
+from tests.tiny_bert import tiny_bert
 
-STEPS, STUDIES, TEXT_WIDTH, SIZE = 4, 8, 16, 32
+STEPS, STUDIES, TEXT_WIDTH, SIZE, WORDS = 4, 8, 16, 32, 20
 OBJECTIVE = ObjectiveConfig(target_norm="ref", temperature=TemperatureConfig(learnable=True))
 STRIPS = OBJECTIVE.model_copy(update={"backend": "strips"})
 OPTIM = OptimConfig(lr=1e-3, grad_clip=1.0)
@@ -36,9 +40,12 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def build_model() -> ImitateModel:
+def build_model(layers: int | Literal["all"] | None = None) -> ImitateModel:
+    """layers: of a text encoder, that learn; None: there is none."""
+    tower = None if layers is None else TextTower(tiny_bert(WORDS, dropout=0.0), layers)
     torch.manual_seed(0)
-    return ImitateModel(MODEL, TEXT_WIDTH, input_size=SIZE, temperature=OBJECTIVE.temperature)
+    width = tower.width if tower else TEXT_WIDTH
+    return ImitateModel(MODEL, width, input_size=SIZE, temperature=OBJECTIVE.temperature, text_tower=tower)
 
 
 def global_batch(step: int) -> Batch:
@@ -56,9 +63,17 @@ def global_batch(step: int) -> Batch:
 
 
 def rank_batch(step: int, rank: int, world_size: int) -> Batch:
-    whole, share = global_batch(step), STUDIES // world_size
-    rows = slice(rank * share, (rank + 1) * share)
-    return Batch(*(value[rows] if isinstance(value, (list, torch.Tensor)) else value for value in whole))
+    return global_batch(step).split(world_size)[rank]
+
+
+def batch_with_tokens(step: int) -> Batch:
+    """In step 1 the second half of it is without any text."""
+    batch, generator = global_batch(step), torch.Generator().manual_seed(step)
+    has = torch.stack([batch.has_findings, batch.has_impression], dim=1)
+    has[STUDIES // 2 :] &= step != 1
+    lengths = torch.randint(3, 12, has.shape, generator=generator) * has
+    ids = torch.randint(5, 5 + WORDS, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
+    return batch._replace(has_findings=has[:, 0], has_impression=has[:, 1], tokens=Tokens(ids, lengths))
 
 
 def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze", chunk: int = 0) -> TrainConfig:
@@ -74,12 +89,19 @@ def train_config(stage: int, precision: str = "fp32", batch_norm: str = "freeze"
 
 
 def train(
-    engine, rank: int, world_size: int, steps: range, policy: str = "freeze", chunk: int = 0, objective=OBJECTIVE
+    engine,
+    rank: int,
+    world_size: int,
+    steps: range,
+    policy: str = "freeze",
+    chunk: int = 0,
+    objective=OBJECTIVE,
+    make_batch: Callable[[int], Batch] = global_batch,
 ) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in steps:
         set_training_mode(engine.module, policy)
-        batch = rank_batch(step, rank, world_size)
+        batch = make_batch(step).split(world_size)[rank]
 
         def loss_of(features: Features, batch: Batch = batch) -> tuple[Tensor, Losses]:
             terms = imitate_loss(features, batch, objective)
@@ -123,6 +145,13 @@ def main(out: Path) -> None:
         other = build_engine(build_model(), train_config(stage), OPTIM)
         strips = train(other, here.rank, here.size, range(2), objective=STRIPS)
 
+        tokens, towers = {"make_batch": batch_with_tokens}, {}
+        for layers, size in (("all", 0), (1, 2)):
+            tower = build_engine(build_model(layers), train_config(stage, chunk=size), OPTIM)
+            towers[layers] = train(tower, here.rank, here.size, range(2), chunk=size, **tokens)
+        tower = build_engine(build_model(1), train_config(stage, "bf16"), OPTIM)
+        towers["bf16"] = train(tower, here.rank, here.size, range(1), **tokens)
+
         autocast = build_engine(build_model(), train_config(stage, "bf16", "mean"), OPTIM)
         half = train(autocast, here.rank, here.size, range(2), "mean")[0]
         if here.is_main:
@@ -136,6 +165,7 @@ def main(out: Path) -> None:
             "apart": apart,
             "strips": strips,
             "bf16": half,
+            "towers": towers,
         }
         barrier()
     (out / f"rank{here.rank}.json").write_text(json.dumps(record))
