@@ -32,6 +32,8 @@ class TextTower(nn.Module):
         self.model = model
         self.width: int = model.config.hidden_size
         self._pad = getattr(model.config, "pad_token_id", None) or 0
+        # Several texts in a row want a model that takes positions as they are, and a mask by pairs of tokens.
+        self._packs = model.config.model_type == "bert" and model.config._attn_implementation == "sdpa"
         self._learns = _learning_modules(model, trainable_layers)
         of_vector = _parameters_of_vector(model)
         learning = {id(parameter) for module in self._learns for parameter in module.parameters()}
@@ -50,23 +52,62 @@ class TextTower(nn.Module):
 
         with_findings=False leaves findings out as if they were missing.
         """
-        lengths, wanted = tokens.lengths, tokens.lengths > 0  # on the CPU: nothing of ours waits for the device
+        wanted = tokens.lengths > 0  # on the CPU, as all that shapes follow from: nothing here waits for the device
         wanted[:, 0] &= with_findings
-        rows = wanted.flatten().nonzero().squeeze(1)
-        vectors = self._vectors(tokens, rows if len(rows) else torch.zeros(1, dtype=torch.long))
-        vectors = vectors[: len(rows)]  # of none there was one: other ranks wait for gradients, so something must pass
-        whole = vectors.new_zeros(lengths.numel(), self.width)
-        return whole.index_copy(0, rows.to(vectors.device), vectors).view(*lengths.shape, self.width)
+        texts = wanted.flatten().nonzero().squeeze(1)
+        vectors = self._vectors(tokens, texts)
+        whole = vectors.new_zeros(wanted.numel(), self.width).index_copy(0, texts.to(vectors.device), vectors)
+        return whole.view(*wanted.shape, self.width)
 
-    def _vectors(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """Of these sections, in one batch that is as long as the longest: float32 [n, E]."""
+    def _vectors(self, tokens: Tokens, texts: Tensor) -> Tensor:
+        """Of the sections with these numbers, float32 [n, E]. Of none, too, the model is asked: other ranks wait for it."""
         lengths, device = tokens.lengths.flatten(), tokens.ids.device
-        inside = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]  # [2 B, longest]
-        ids = torch.full(inside.shape, self._pad, device=device)
-        ids = ids.masked_scatter(inside.to(device), tokens.ids.long())[rows.to(device)]
-        mask = inside[rows].long()
-        mask[:, 0] = 1  # an empty one would be attended to nowhere, which is not a number
-        return self.model(input_ids=ids, attention_mask=mask.to(device)).last_hidden_state[:, 0].float()
+        laid = _laid_out(lengths[texts], together=self._packs)
+        source = (lengths.cumsum(0) - lengths)[texts].repeat_interleave(lengths[texts]) + laid.positions
+        read, place, positions = (
+            index.to(device, non_blocking=True) for index in (source, laid.places, laid.positions)
+        )
+        shape, blank = laid.owners.shape, torch.full((laid.owners.numel(),), self._pad, device=device)
+        ids = blank.index_copy(0, place, tokens.ids[read].long()).view(shape)
+        owners = laid.owners.to(device, non_blocking=True)
+        if self._packs:
+            mask = owners[:, None, :, None] == owners[:, None, None, :]  # nobody attends to another text
+            options = {"position_ids": torch.zeros_like(blank).index_copy(0, place, positions).view(shape)}
+        else:
+            mask, options = owners >= 0, {}
+            mask[:, 0] = True  # attention to nothing at all is not a number
+        states = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+        return states.flatten(0, 1)[laid.starts.to(device)].float()
+
+
+class _Layout(NamedTuple):
+    """Where n texts, T tokens together, lie in rows of one length; on the CPU."""
+
+    starts: Tensor  # int64 [n], of the first token of each, counted through all rows
+    places: Tensor  # int64 [T], of every token
+    positions: Tensor  # int64 [T], in its text
+    owners: Tensor  # int64 [rows, longest]: the number of the text that lies there, -1 where none does
+
+
+def _laid_out(lengths: Tensor, *, together: bool) -> _Layout:
+    """Rows as long as the longest text: one for each, or as many together as have room, the longest first.
+
+    Sections differ in length by a factor of ten, so of one row for each most would be filled with nothing.
+    """
+    sizes = lengths.tolist()
+    longest = max(sizes, default=1)
+    starts, left = [0] * len(sizes), []  # left: room in every row
+    for text in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row = next((row for row, room in enumerate(left) if together and room >= sizes[text]), len(left))
+        left += [longest] if row == len(left) else []
+        starts[text] = (row + 1) * longest - left[row]
+        left[row] -= sizes[text]
+    first = torch.tensor(starts, dtype=torch.long)
+    positions = torch.arange(sum(sizes)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    places = first.repeat_interleave(lengths) + positions
+    owners = torch.full((max(1, len(left)) * longest,), -1)
+    owners[places] = torch.arange(len(sizes)).repeat_interleave(lengths)
+    return _Layout(first, places, positions, owners.view(-1, longest))
 
 
 class TextSource(NamedTuple):

@@ -8,7 +8,7 @@ from imitate_ds.batch import Tokens
 from imitate_ds.config import TextConfig
 from imitate_ds.data.loader import _tokens
 from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
-from imitate_ds.models.text_tower import TextTower, open_text_source, trained_encoder
+from imitate_ds.models.text_tower import TextTower, _laid_out, open_text_source, trained_encoder
 from tests.tiny_bert import save_tiny_bert, tiny_bert
 
 WORDS = ("the", "lungs", "are", "clear", "no", "pleural", "effusion", "large", "heart", ".")
@@ -36,12 +36,38 @@ def learning(tower):
 
 
 @pytest.mark.parametrize("layers", [0, 1, "all"])
-def test_one_pass_gives_each_text_as_it_is_alone(encoder, layers):
+@pytest.mark.parametrize("packs", [True, False])
+def test_one_pass_gives_each_text_as_it_is_alone(encoder, layers, packs):
     tower = TextTower(encoder.model, layers).eval()
+    assert tower._packs
+    tower._packs = packs
     rows = tower(_tokens(REPORTS, encoder.tokenize)).detach()
     alone = torch.stack([torch.cat([encoder.encode([text]) for text in report]) for report in REPORTS])
     torch.testing.assert_close(rows, alone, rtol=1e-5, atol=1e-6)
     assert rows.eq(0).all(dim=2).tolist() == [[not text for text in report] for report in REPORTS]
+
+
+def test_short_texts_share_a_row():
+    laid = _laid_out(torch.tensor([2, 7, 3, 2, 1]), together=True)
+    assert laid.owners.tolist() == [[1] * 7, [2, 2, 2, 0, 0, 3, 3], [4, *[-1] * 6]]
+    assert laid.starts.tolist() == [10, 0, 7, 12, 14]
+    assert laid.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1, 0]
+    apart = _laid_out(torch.tensor([2, 7, 3]), together=False).owners
+    assert sorted(apart.tolist()) == [[0, 0, *[-1] * 5], [1] * 7, [2, 2, 2, *[-1] * 4]]
+    assert _laid_out(torch.tensor([], dtype=torch.long), together=True).owners.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_packed_texts_learn_as_texts_apart(encoder, packs):
+    """The gradient of one pass is that of every text in a pass of its own."""
+    tower, tokens = TextTower(encoder.model, "all").eval(), _tokens(REPORTS, encoder.tokenize)
+    tower._packs = packs
+    weights = torch.randn(len(REPORTS), 2, 32, generator=torch.Generator().manual_seed(0))
+    learned = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad((tower(tokens) * weights).sum(), learned)
+    alone = [tower(tokens.of_reports(i, i + 1)) * weights[i] for i in range(len(REPORTS))]
+    for one, other in zip(found, torch.autograd.grad(torch.stack(alone).sum(), learned), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_part_of_a_batch_has_its_own_tokens(encoder):
