@@ -47,8 +47,8 @@ class ImitateModel(nn.Module):
     ):
         """text_width: width of the text embeddings. input_size: pixels, for encoders that must know (ViT).
 
-        temperature: the model learns it if that says so. Only training asks; an export holds the number. text_tower: makes
-        the embeddings of texts, which then need not be in the batch; in an export it is a folder of its own.
+        temperature: the model learns it if that says so. Only training asks; an export holds the number. text_tower: embeds
+        the tokens of a batch, in place of the embeddings that came along; of an export it is no part, but a folder of its own.
         """
         super().__init__()
         self.config = config

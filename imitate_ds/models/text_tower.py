@@ -52,7 +52,7 @@ class TextTower(nn.Module):
 
         with_findings=False leaves findings out as if they were missing.
         """
-        wanted = tokens.lengths > 0  # on the CPU, as all that shapes follow from: nothing here waits for the device
+        wanted = tokens.lengths > 0  # on the CPU, as all that shapes follow from
         wanted[:, 0] &= with_findings
         texts = wanted.flatten().nonzero().squeeze(1)
         vectors = self._vectors(tokens, texts)
@@ -74,8 +74,11 @@ class TextTower(nn.Module):
             mask = owners[:, None, :, None] == owners[:, None, None, :]  # nobody attends to another text
             options = {"position_ids": torch.zeros_like(blank).index_copy(0, place, positions).view(shape)}
         else:
-            mask, options = owners >= 0, {}
-            mask[:, 0] = True  # attention to nothing at all is not a number
+            mask, options = (
+                (owners >= 0).long(),
+                {},
+            )  # transformers looks whether it is all ones: one wait for the device
+            mask[:, 0] = 1  # attention to nothing at all is not a number
         states = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
         return states.flatten(0, 1)[laid.starts.to(device)].float()
 
@@ -92,7 +95,8 @@ class _Layout(NamedTuple):
 def _laid_out(lengths: Tensor, *, together: bool) -> _Layout:
     """Rows as long as the longest text: one for each, or as many together as have room, the longest first.
 
-    Sections differ in length by a factor of ten, so of one row for each most would be filled with nothing.
+    Sections differ in length by a factor of ten: 128 reports of Open-i fill 27,600 places one to a row, and 6,350 together,
+    of which 6,280 are tokens.
     """
     sizes = lengths.tolist()
     longest = max(sizes, default=1)
