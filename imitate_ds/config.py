@@ -12,6 +12,9 @@ from imitate_ds.run_file import Folder, Section, check_settings, merged, read_se
 Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Pair = Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
+Tower = Literal["image_encoder", "findings_branch", "projections"]
+Towers = Annotated[tuple[Tower, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
 
 def _number_as(name: str) -> Callable[[Any], Any]:
     return lambda value: {name: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -218,6 +221,12 @@ class TrainConfig(Section):
     # Studies that pass the encoder together (GradCache), so that micro_batch_size, and with it the negatives, does not
     # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time.
     grad_cache_chunk: int = Field(default=0, ge=0)
+    # Parts of the image encoder whose activations are computed again in the backward pass instead of being kept: a quarter
+    # to a third more work, for much less memory. block saves most; encoders of one grid (ViT) know no stages.
+    activation_checkpointing: Literal["none", "stage", "block"] = "none"
+    # Towers that torch.compile makes faster, after some minutes at the start; where it cannot, a warning says why. Not
+    # with ZeRO-3, whose hooks it cannot follow; BatchNorm over all ranks (batch_norm: sync) it cannot either.
+    compile: Towers = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_norm: Literal["auto", "sync", "mean", "freeze"] = "auto"  # auto: sync on CUDA, mean elsewhere
     deepspeed: str = "zero1"  # a name in ds_configs/, or the path of a JSON file: ZeRO and communication only
@@ -272,6 +281,11 @@ class RunConfig(Section):
         if self.text.mode == "cached" and self.text != TextConfig():
             name, value = next((n, v) for n, v in self.text if v != getattr(TextConfig(), n))
             raise ValueError(f"text.{name} = {value!r}: is for text.mode: online; set that too, or leave it out")
+        if self.train.activation_checkpointing != "none" and "image_encoder" in self.train.compile:
+            raise ValueError(
+                f"train.activation_checkpointing = {self.train.activation_checkpointing!r}: a compiled image encoder has no "
+                "parts; take image_encoder out of train.compile, or set train.activation_checkpointing: none"
+            )
         if self.train.keep_best and not (self.data.val_split and self.train.eval_every):
             raise ValueError(
                 f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "

@@ -271,6 +271,16 @@ def gather_rows(rows: Tensor, held: RankRows | None = None) -> Tensor:
     return start_gather(rows, held or RankRows((len(rows),) * here.size, here.rank))()
 
 
+def gather_on_cpu(rows: Tensor) -> Tensor:
+    """Equally long CPU tensors [n] of every rank, one after the other, without the device having a part in it."""
+    if _control is None:
+        return rows
+    whole = rows.new_empty(world().size * len(rows))
+    with flight.collective("gather on the CPU"):
+        _all_gather(whole, rows, group=_control)
+    return whole
+
+
 def gather_rows_keep_gradient(rows: Tensor, held: RankRows | None = None) -> Tensor:
     """Like gather_rows, with this rank's own rows still attached to the graph.
 

@@ -41,7 +41,7 @@ from imitate_ds.metrics import DRAWS, SEED, Figures
 from imitate_ds.models.adaptation import TaskModel
 from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.predictor import Origin, build_task_model, read_origin, save_predictor
-from imitate_ds.recipe import global_batch_size
+from imitate_ds.recipe import global_batch_size, save_memory
 from imitate_ds.training.checkpoint import find_best_checkpoint, load_checkpoint
 from imitate_ds.training.course import Horizon, Plan, take_course
 from imitate_ds.training.drain import Drain
@@ -164,6 +164,7 @@ class Finetuning(Plan):
     def build_model(self) -> nn.Module:
         torch.manual_seed(self.config.seed)
         model = self._task_model()
+        save_memory(model.encoder, self.config.train)
         return synchronise_batch_norm(model) if self.batch_norm == "sync" else model
 
     def _task_model(self, origin: Origin | None = None) -> TaskModel:

@@ -134,6 +134,8 @@ class FinetuneConfig(Section):
             raise ValueError(
                 f"train.grad_cache_chunk = {self.train.grad_cache_chunk}: is for contrastive pre-training; must be 0"
             )
+        if self.train.compile:
+            raise ValueError(f"train.compile = {list(self.train.compile)}: is for contrastive pre-training; must be []")
         if self.train.keep_best and not (self.data.val_split and self.train.eval_every):
             raise ValueError(
                 f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "

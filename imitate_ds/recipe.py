@@ -23,7 +23,9 @@ from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
-from imitate_ds.models.image_encoder import synchronise_batch_norm
+from imitate_ds.models.compiled import compile_towers
+from imitate_ds.models.encoder_parts import encoder_parts
+from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_encoder import HuggingFaceEncoder
 from imitate_ds.models.text_tower import (
@@ -36,9 +38,16 @@ from imitate_ds.models.text_tower import (
 )
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
+from imitate_ds.training.activation_checkpointing import checkpoint_activations
 from imitate_ds.training.checkpoint import read_state
 from imitate_ds.training.course import Horizon
-from imitate_ds.training.engine import average_batch_norm_statistics, batch_norm_policy, full_state_dict
+from imitate_ds.training.engine import (
+    average_batch_norm_statistics,
+    batch_norm_policy,
+    full_state_dict,
+    load_deepspeed_json,
+    zero_stage,
+)
 from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput
@@ -142,7 +151,29 @@ def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
     tower = build_text_tower(config.text, inputs.online) if inputs.online else None
     torch.manual_seed(config.seed)
     model = _model(config, inputs, tower)
-    return synchronise_batch_norm(model) if inputs.batch_norm == "sync" else model
+    if inputs.batch_norm == "sync":
+        model = synchronise_batch_norm(model)
+    save_memory(model.image_encoder, config.train)
+    _save_time(model, config.train)
+    return model
+
+
+def save_memory(encoder: ImageEncoder, train: TrainConfig) -> None:
+    """train.activation_checkpointing; also in fine-tuning."""
+    if train.activation_checkpointing != "none":
+        checkpoint_activations(encoder_parts(encoder, train.activation_checkpointing))
+
+
+def _save_time(model: ImitateModel, train: TrainConfig) -> None:
+    """train.compile."""
+    if not train.compile:
+        return
+    if zero_stage(load_deepspeed_json(train.deepspeed)) == 3:
+        raise ValueError(
+            f"train.compile = {list(train.compile)}: at ZeRO-3 DeepSpeed brings weights together in hooks that torch.compile "
+            "cannot follow; use train.deepspeed: zero2, or set train.compile: []"
+        )
+    compile_towers(model, train.compile, lambda said: print(f"warning: rank {world().rank}: {said}", flush=True))
 
 
 def _model(config: RunConfig, inputs: Inputs, tower: TextTower | None = None) -> ImitateModel:

@@ -20,7 +20,7 @@ from imitate_ds.distributed import gather_objects, init_world, leave_world, mean
 from imitate_ds.recipe import build_model, open_inputs, rate_share, run_identity, train_step, with_operands
 from imitate_ds.training.checkpoint import load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, verify_checkpoint
-from imitate_ds.training.engine import build_engine, set_training_mode, take_step
+from imitate_ds.training.engine import build_engine, set_training_mode, sharded_build, take_step
 from imitate_ds.training.health import BAD_STEPS
 from imitate_ds.training.identity import check_same_run
 from imitate_ds.training.loop import seed_step
@@ -49,7 +49,9 @@ def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
     inputs = open_inputs(config, checkpoint)
     as_it_was = config if not precision else load_run_config(run_dir / "config.yaml")
     check_same_run(run_identity(with_operands(as_it_was), inputs), read_state(checkpoint)["identity"], checkpoint)
-    engine = build_engine(build_model(config, inputs), config.train, config.optim, partial(rate_share, config))
+    with sharded_build(config.train):
+        model = build_model(config, inputs)
+    engine = build_engine(model, config.train, config.optim, partial(rate_share, config))
     load_checkpoint(engine, checkpoint)
     (batch,) = build_train_loader(
         config,

@@ -37,7 +37,11 @@ class HierarchicalAggregation(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], seed: int) -> Tensor:
         """`seed` decides which channels are looked at: one draw for the whole batch."""
-        tokens = self._tokens(levels, self.draw_channels(seed))
+        return self.attend(levels, self.draw_channels(seed))
+
+    def attend(self, levels: Sequence[Tensor], draw: Sequence[Tensor]) -> Tensor:
+        """Levels and the channels that were drawn of each -> rows [B, pool^2]."""
+        tokens = self._tokens(levels, draw)
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = tokens + self.positions[:, : tokens.shape[1]]
         # Only the CLS row of the result is used, so only its query is asked: the same row for 1/513 of the cost.

@@ -113,7 +113,7 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
     state = _read_weights(path)
     # the feature extractor either wraps the network ("model.blocks.0") or flattens its outer lists ("stages_0")
     given = {_plain(name): tensor for name, tensor in state.items()}
-    wanted: dict[str, Tensor] = dict(backbone.state_dict())
+    wanted: dict[str, Tensor] = backbone.state_dict(keep_vars=True)
     missing = [name for name in wanted if _plain(name) not in given]
     # checkpoints older than this counter lack it; no weight of the network
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]

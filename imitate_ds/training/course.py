@@ -21,7 +21,13 @@ from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.engine import Step, average_batch_norm_statistics, build_engine, set_training_mode
+from imitate_ds.training.engine import (
+    Step,
+    average_batch_norm_statistics,
+    build_engine,
+    set_training_mode,
+    sharded_build,
+)
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
 from imitate_ds.training.identity import check_ranks_agree, check_same_run
@@ -133,7 +139,9 @@ def take_course(
         start_step = read_state(checkpoint)["step"] if checkpoint else 0
         _tell(plan, "running", start_step)
         flight.begin("building the model", start_step)
-        engine = build_engine(plan.build_model(), plan.config.train, plan.config.optim, plan.rate_share)
+        with sharded_build(plan.config.train):
+            model = plan.build_model()
+        engine = build_engine(model, plan.config.train, plan.config.optim, plan.rate_share)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
             _write_atomically(config.run_dir / "config.yaml", dump_settings(plan.config))

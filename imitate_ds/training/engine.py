@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from imitate_ds.config import OptimConfig, TrainConfig
 from imitate_ds.distributed import mean_over_ranks, training_device, use_group, world
 from imitate_ds.run_file import NO_ACCUMULATION
+from imitate_ds.training.sharded_build import ShardedBuild, join, share_of
 
 # Kernels that DeepSpeed compiles lie on a node-local disk, one folder per version: a stale lock on a shared one hangs
 # every rank for ever, and so does one that a killed compilation left here. Set before the import reads it.
@@ -35,6 +36,7 @@ import deepspeed  # noqa: E402  # reads the environment that was set above
 warnings.filterwarnings("ignore", message=r".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What a file in ds_configs/ may hold. DeepSpeed accepts any misspelt key in silence, so we do not; the rest of its
 # configuration (batch size, precision, clipping, optimizer) belongs to the run file.
@@ -71,6 +73,12 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
         raise ValueError(
             f"train.deepspeed = {name!r}: {unknown[0]} is not allowed in {path} (it may hold "
             f"{', '.join(sorted(DEEPSPEED_KEYS))}); batch size, precision, clipping and optimizer belong to the run file"
+        )
+    zero = values.get("zero_optimization", {})
+    if "nvme" in (zero.get(part, {}).get("device") for part in ("offload_param", "offload_optimizer")):
+        raise ValueError(
+            f"train.deepspeed = {name!r}: {path} offloads to nvme, which has never been tried with the checkpoints of this "
+            "program; the device must be cpu, as in zero3_offload"
         )
     return values
 
@@ -126,7 +134,9 @@ def parameter_groups(
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_plain = parameter.ndim <= 1 or name.endswith(("positions", "cls", "cls_token", "pos_embed"))
+            is_plain = len(getattr(parameter, "ds_shape", parameter.shape)) <= 1 or name.endswith(
+                ("positions", "cls", "cls_token", "pos_embed")
+            )
             kind = is_plain and not optim.decay_norm_and_bias, rate_share(name)
             groups.setdefault(kind, []).append(parameter)
     return [
@@ -261,6 +271,27 @@ def one_reduction(engine: Any) -> Iterator[None]:
         engine.allreduce_gradients()
 
 
+def sharded_build(train: TrainConfig) -> AbstractContextManager[Any]:
+    """A context to build the model in: under ZeRO-3 no rank ever holds the whole of it, and its weights are the same."""
+    cuts = world().size > 1 and zero_stage(load_deepspeed_json(train.deepspeed)) == 3
+    return ShardedBuild() if cuts else nullcontext()
+
+
+def _hand_over_shares(model: nn.Module, config: dict[str, Any]) -> None:
+    """What sharded_build has cut up, to DeepSpeed's own partitions, one parameter at a time."""
+    cut = [parameter for parameter in model.parameters() if share_of(parameter)]
+    if not cut:
+        return
+    dtype = next((kind for name, kind in HALVES.items() if config.get(name, {}).get("enabled")), torch.float32)
+    deepspeed.init_distributed()
+    # an empty module: with none, DeepSpeed leaves out its linear layers that do not keep whole weights for backward
+    partitioned = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
+    for parameter in cut:
+        join(parameter)
+        parameter.data = parameter.data.to(dtype)
+        partitioned._convert_to_zero_parameters([parameter])
+
+
 def build_engine(
     model: nn.Module, train: TrainConfig, optim: OptimConfig, rate_share: Callable[[str], float] = whole_rate
 ) -> Any:
@@ -276,6 +307,7 @@ def build_engine(
         # Its shared-memory all-reduce takes 20 to 110 s to compile, needs g++ and can hang on a lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(train, optim, has_batch_norm=has_batch_norm(model))
+    _hand_over_shares(model, config)
     offloaded = "offload_optimizer" in config.get("zero_optimization", {})
     optimizer = build_optimizer(model, optim, rate_share, on_cuda=device.type == "cuda", offloaded=offloaded)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -27,6 +27,8 @@ FREE_SETTINGS = {
     "data.cache_gib",
     "train.micro_batch_size",  # what counts is the global batch size, which stays
     "train.global_batch_size",
+    "train.activation_checkpointing",
+    "train.compile",
     "train.deepspeed",
     "train.resume",
     "train.save_every",

@@ -1,0 +1,60 @@
+"""Towers of the model through torch.compile, one graph each. What ranks exchange and the loss stay outside.
+
+A tower that cannot be compiled goes on as it is, and says why, once. Dropout and stochastic depth draw what they draw uncompiled.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from imitate_ds.models.imitate import ImitateModel
+
+# All that the compiler itself raises: no or a broken C++ compiler, a part it cannot trace, more sizes than it compiles for
+COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def compile_towers(model: ImitateModel, towers: Sequence[str], warn: Callable[[str], None]) -> None:
+    """From now on these towers (train.compile) train compiled, in the first step of each size. Evaluation is as before."""
+    for tower in towers:
+        for part, method in _parts(model, tower):
+            setattr(part, method, _compiled(part, getattr(part, method), tower, warn))
+
+
+def _parts(model: ImitateModel, tower: str) -> Iterator[tuple[nn.Module, str]]:
+    if tower == "image_encoder":
+        yield model.image_encoder, "forward"
+    elif tower == "projections":
+        yield model.impression_head, "forward"
+        yield model.text_projection, "forward"
+    elif model.findings_branch is not None:
+        yield model.findings_branch.aggregation, "attend"  # not the draw of channels: it has a generator of its own
+        yield model.findings_branch.projection, "forward"
+
+
+def _compiled(
+    part: nn.Module, plain: Callable[..., Any], tower: str, warn: Callable[[str], None]
+) -> Callable[..., Any]:
+    # One graph or none: where half of a tower had run before the other half fails, BatchNorm would learn from it twice.
+    fast = torch.compile(plain, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    failed = False
+
+    def call(*inputs: Any) -> Any:
+        nonlocal failed
+        if failed or not part.training:
+            return plain(*inputs)
+        try:
+            return fast(*inputs)
+        except COMPILER_ERRORS as error:
+            failed = True
+            warn(f"train.compile: {tower} ({type(part).__name__}) goes on uncompiled: {_reason(error)}")
+            return plain(*inputs)
+
+    return call
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something, of what may be pages."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given')}"
