@@ -74,7 +74,7 @@ def settings_of(name: str, folder: Path, steps: int) -> dict:
     plain = {
         "name": name.replace(" ", "_").replace(",", ""),
         "output_dir": str(folder / "runs"),
-        "data": {"shards": str(folder / "shards"), "input_size": 64, "workers": 0, "val_split": ""},
+        "data": {"shards": str(folder / "shards"), "input_size": 32, "workers": 0, "val_split": ""},
         "model": {
             **network,
             "joint_dim": 32,
@@ -103,7 +103,7 @@ def be_a_rank(folder: Path, names: list[str], steps: int) -> None:
 def build_phantoms(folder: Path) -> None:
     shards = folder / "shards"
     source = PhantomSource(studies=120, seed=7, val_share=0.2)
-    build_shards(source, shards, image_size=72, workers=1, samples_per_shard=48, progress=False)
+    build_shards(source, shards, image_size=40, workers=1, samples_per_shard=48, progress=False)
     embed_shards(shards, LsaEncoder.fit(fit_texts(shards), dim=32, seed=0))
 
 

@@ -11,7 +11,7 @@ from tests.training.memory_worker import STEPS, WAYS
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("memory")
-    run("tests.training.memory_worker", str(out))
+    run("tests.training.memory_worker", str(out), limit=900)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
