@@ -164,14 +164,14 @@ def main() -> None:
         be_a_rank(options.rank_in, options.only, options.steps)
     wanted = {*options.only, *(SWITCHES[name].plain for name in options.only)}
     names = [name for name in SWITCHES if name in wanted]
+    record = {**provenance(), "machine": machine(torch.device("cpu")), "ranks": options.ranks, "kind": "measured"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build_phantoms(folder)
         said = run_ranks(folder, names, options.steps, options.ranks)
         found = {name: compared(name, folder) for name in names}
     warnings = sorted({line for line in said.splitlines() if line.startswith("warning: rank 0")})
-    record = {**provenance(), "machine": machine(torch.device("cpu")), "ranks": options.ranks}
-    record |= {"kind": "measured", "warnings": warnings, "switches": found}
+    record |= {"warnings": warnings, "switches": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     rows = [
