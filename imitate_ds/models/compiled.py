@@ -4,6 +4,7 @@ A tower that cannot be compiled goes on as it is, and says why, once. Dropout an
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.Fai
 
 
 def compile_towers(model: ImitateModel, towers: Sequence[str], warn: Callable[[str], None]) -> None:
-    """From now on these towers (train.compile) train compiled, in the first step of each size. Evaluation is as before."""
+    """From now on these towers (train.compile) train compiled, after the first step of each size; evaluation is as before.
+
+    warn: is told, once for a tower, why it goes on uncompiled.
+    """
+    told: set[str] = set()
+
+    def failed(tower: str, error: BaseException) -> None:
+        if tower not in told:
+            told.add(tower)
+            warn(f"train.compile: {tower} goes on uncompiled: {_reason(error)}")
+
     for tower in towers:
         for part, method in _parts(model, tower):
-            setattr(part, method, _compiled(part, getattr(part, method), tower, warn))
+            setattr(part, method, _compiled(part, getattr(part, method), partial(failed, tower)))
 
 
 def _parts(model: ImitateModel, tower: str) -> Iterator[tuple[nn.Module, str]]:
@@ -34,21 +45,21 @@ def _parts(model: ImitateModel, tower: str) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _compiled(
-    part: nn.Module, plain: Callable[..., Any], tower: str, warn: Callable[[str], None]
+    part: nn.Module, plain: Callable[..., Any], failed: Callable[[BaseException], None]
 ) -> Callable[..., Any]:
     # One graph or none: where half of a tower had run before the other half fails, BatchNorm would learn from it twice.
     fast = torch.compile(plain, fullgraph=True, dynamic=False, options={"fallback_random": True})
-    failed = False
+    compiles = True
 
     def call(*inputs: Any) -> Any:
-        nonlocal failed
-        if failed or not part.training:
+        nonlocal compiles
+        if not (compiles and part.training):
             return plain(*inputs)
         try:
             return fast(*inputs)
         except COMPILER_ERRORS as error:
-            failed = True
-            warn(f"train.compile: {tower} ({type(part).__name__}) goes on uncompiled: {_reason(error)}")
+            compiles = False
+            failed(error)
             return plain(*inputs)
 
     return call

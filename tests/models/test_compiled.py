@@ -1,0 +1,69 @@
+"""Compiled towers learn what plain ones learn, and say why where they cannot be compiled. All of them: benchmarks/speedups.py."""
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from imitate_ds.config import ModelConfig, build_run_config
+from imitate_ds.finetune_config import build_finetune_config
+from imitate_ds.models.compiled import compile_towers
+from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.objective import imitate_loss
+from imitate_ds.recipe import _save_time
+from tests.training.zero_worker import MODEL, OBJECTIVE, SIZE, TEXT_WIDTH, global_batch
+
+RUN = {"name": "x", "data": {"shards": "x"}}
+
+
+def train(towers: list[str], said: list[str], steps: int = 3) -> tuple[list[float], ImitateModel]:
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate({**MODEL.model_dump(), "projection_norm": "batch"})
+    model = ImitateModel(config, TEXT_WIDTH, input_size=SIZE).train()
+    compile_towers(model, towers, said.append)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4), []
+    for step in range(steps):
+        batch = global_batch(step)
+        loss = imitate_loss(model(batch), batch, OBJECTIVE).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+def test_a_compiled_tower_learns_the_same():
+    said: list[str] = []
+    losses, model = train(["projections"], said)
+    plain, other = train([], said)
+    assert not said
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert model.state_dict().keys() == other.state_dict().keys()
+    counted = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counted
+    assert all(buffer == 3 for buffer in counted)
+
+
+def test_without_a_compiler_a_tower_goes_on_and_says_why_once():
+    said: list[str] = []
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
+        losses, _ = train(["projections"], said)
+    torch.compiler.reset()
+    assert len(said) == 1
+    assert said[0].startswith("train.compile: projections goes on uncompiled: ")
+    assert "No working C++ compiler" in said[0]
+    assert losses == train([], said)[0]
+
+
+def test_what_cannot_be_compiled_together_is_refused():
+    train_section = {"compile": ["image_encoder"], "activation_checkpointing": "block"}
+    with pytest.raises(ValueError, match=r"train\.activation_checkpointing = 'block': a compiled image encoder"):
+        build_run_config({**RUN, "train": train_section})
+    with pytest.raises(ValueError, match=r"train\.compile"):
+        build_run_config({**RUN, "train": {"compile": ["loss"]}})
+    task = {"encoder": {"model": {}}, "task": {"kind": "classification"}, "train": {"compile": ["image_encoder"]}}
+    with pytest.raises(ValueError, match=r"train\.compile = \['image_encoder'\]: is for contrastive pre-training"):
+        build_finetune_config({**RUN, **task})
+    config = build_run_config({**RUN, "train": {"compile": ["projections"], "deepspeed": "zero3"}})
+    with pytest.raises(ValueError, match=r"train\.compile = \['projections'\]: at ZeRO-3"):
+        _save_time(ImitateModel(MODEL, TEXT_WIDTH, input_size=SIZE), config.train)
