@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from imitate_ds.models.imitate import ImitateModel
 
 # All that the compiler itself raises: no or a broken C++ compiler, a part it cannot trace, more sizes than it compiles for
-COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+COMPILER_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 
 
 def compile_towers(model: ImitateModel, towers: Sequence[str], warn: Callable[[str], None]) -> None:
