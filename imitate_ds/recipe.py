@@ -23,7 +23,6 @@ from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
-from imitate_ds.models.compiled import compile_towers
 from imitate_ds.models.encoder_parts import encoder_parts
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
@@ -173,6 +172,8 @@ def _save_time(model: ImitateModel, train: TrainConfig) -> None:
             f"train.compile = {list(train.compile)}: at ZeRO-3 DeepSpeed brings weights together in hooks that torch.compile "
             "cannot follow; use train.deepspeed: zero2, or set train.compile: []"
         )
+    from imitate_ds.models.compiled import compile_towers  # the compiler takes seconds to import
+
     compile_towers(model, train.compile, lambda said: print(f"warning: rank {world().rank}: {said}", flush=True))
 
 
