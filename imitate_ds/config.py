@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from imitate_ds.run_file import Folder, Section, check_settings, merged, read_settings
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Pair = Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 Tower = Literal["image_encoder", "findings_branch", "projections"]
@@ -135,6 +136,12 @@ class AggregationConfig(Section):
 class ModelConfig(Section):
     image_encoder: str = "resnet50"  # any timm backbone with features_only
     weights: str = "none"  # "none", "timm" (downloads), or a local file
+    in_chans: Literal[1, 3] = (
+        3  # channels that grey pixels go in as; 1: pretrained weights are summed up, to the same result
+    )
+    # Shell patterns over timm's names of the encoder's weights, "*" matching dots: [patch_embed.*, "blocks.[0-5].*"]. What
+    # they match does not learn, and norms and dropout in it stay in evaluation mode.
+    freeze: Names = ()
     image_mean: float = 0.5  # of pixels scaled to [0, 1]; saved with the model
     image_std: float = Field(default=0.25, gt=0)
     joint_dim: int = Field(default=512, ge=2)
@@ -194,6 +201,7 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     name: Literal["auto", "adamw", "fused_adam", "apex_fused_adam", "apex_fused_lamb"] = "auto"
     lr: float = Field(default=2e-4, gt=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # of lr, from each layer of the image encoder to the one below
     weight_decay: float = Field(default=0.05, ge=0)
     betas: Pair = (0.9, 0.999)  # each in [0, 1)
     decay_norm_and_bias: bool = False  # as published: True

@@ -164,6 +164,8 @@ class Finetuning(Plan):
     def build_model(self) -> nn.Module:
         torch.manual_seed(self.config.seed)
         model = self._task_model()
+        if world().is_main and model.encoder.remark:
+            print(model.encoder.remark, flush=True)
         save_memory(model.encoder, self.config.train)
         return synchronise_batch_norm(model) if self.batch_norm == "sync" else model
 

@@ -1,14 +1,13 @@
 """The run file of fine-tuning: which encoder, which task, on which labelled shards. Every setting is a documented field."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from imitate_ds.config import Location, ModelConfig, OptimConfig, TrainConfig
+from imitate_ds.config import Location, ModelConfig, Names, OptimConfig, TrainConfig
 from imitate_ds.run_file import Folder, Section, check_settings, read_settings
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Uncertain = Literal["ignore", "ones", "zeros"]
 
 HEADS = {
@@ -39,6 +38,10 @@ class EncoderConfig(Section):
             raise ValueError(
                 "must have init (an export folder) or model (a timm backbone), one of them; "
                 "model: {image_encoder: resnet50, weights: none} is random initialisation"
+            )
+        if self.model and self.model.freeze:
+            raise ValueError(
+                f"model.freeze = {list(self.model.freeze)}: is for pre-training; must be [] here, where train says what learns"
             )
         return self
 
@@ -136,6 +139,11 @@ class FinetuneConfig(Section):
             )
         if self.train.compile:
             raise ValueError(f"train.compile = {list(self.train.compile)}: is for contrastive pre-training; must be []")
+        if self.optim.layer_decay < 1:
+            raise ValueError(
+                f"optim.layer_decay = {self.optim.layer_decay}: is for pre-training; must be 1 here, where encoder.layer_decay "
+                "says it by level"
+            )
         if self.train.keep_best and not (self.data.val_split and self.train.eval_every):
             raise ValueError(
                 f"train.keep_best = {self.train.keep_best}: needs validation; set data.val_split and train.eval_every, or "

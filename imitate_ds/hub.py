@@ -294,8 +294,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Pretra
     try:
         config = ModelConfig.model_validate(settings["model"])
         weights = load_file(root / WEIGHTS)
-        # the export brings all weights: nothing is to be fetched for the backbone again
-        plain = config.model_copy(update={"weights": "none"})
+        # the export brings all weights: nothing is to be fetched for the backbone again, and nothing to be kept from learning
+        plain = config.model_copy(update={"weights": "none", "freeze": ()})
         model = ImitateModel(plain, settings["text_width"], input_size=settings["input_size"])
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -53,7 +53,8 @@ def read_origin(config: EncoderConfig) -> Origin:
         about = {"image_encoder": config.model.image_encoder, "weights": config.model.weights}
         return Origin(config.model, DEFAULT_SIZE, None, about)
     found = load_model(config.init)
-    model = ModelConfig.model_validate(found.settings["model"])
+    # what did not learn in pre-training may learn now
+    model = ModelConfig.model_validate(found.settings["model"]).model_copy(update={"freeze": ()})
     about = {"path": config.init, "image_encoder": model.image_encoder, "preset": found.settings["preset"]}
     about |= {"trained_on": found.settings["data"], "synthetic": found.settings["synthetic"]}
     return Origin(model, found.input_size, found.model.image_encoder.state_dict(), about)
@@ -62,17 +63,14 @@ def read_origin(config: EncoderConfig) -> Origin:
 def build_task_model(
     origin: Origin, config: EncoderConfig, task: TaskConfig, targets: int, *, input_size: int
 ) -> TaskModel:
-    """An encoder with a new head. Raises ValueError where the encoder cannot see images of input_size."""
+    """An encoder with a new head, its positions interpolated where it was pre-trained at another input size. Raises ValueError
+    where that cannot be.
+    """
     model = origin.model if origin.weights is None else origin.model.model_copy(update={"weights": "none"})
     encoder = ImageEncoder(model, input_size)
     if origin.weights is not None:
-        try:
-            encoder.load_state_dict(origin.weights)
-        except RuntimeError:
-            raise ValueError(
-                f"data.input_size = {input_size}: {origin.model.image_encoder} was pre-trained at {origin.input_size}, and has "
-                "positions of its own for every size; leave data.input_size out"
-            ) from None
+        told = f"data.input_size = {input_size}: {origin.model.image_encoder}, pre-trained at {origin.input_size}"
+        encoder.take_weights(origin.weights, given_by=told)
     return TaskModel(encoder, build_head(task, encoder, targets), config)
 
 

@@ -78,8 +78,9 @@ class Pretraining(Plan):
     def build_model(self) -> nn.Module:
         return build_model(self.config, self.inputs)
 
-    def rate_share(self, parameter: str) -> float:
-        return rate_share(self.config, parameter)
+    @cached_property
+    def rate_share(self) -> Callable[[str], float]:  # type: ignore[override]
+        return rate_share(self.config)
 
     def batches(self, start_step: int) -> TrainBatches:
         here, horizon = world(), self.horizon

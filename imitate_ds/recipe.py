@@ -4,7 +4,7 @@ Between the rooms below and the entrances: `pretrain` does many steps, `replay` 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from imitate_ds.distributed import max_over_ranks, node_count, training_device, 
 from imitate_ds.models.encoder_parts import encoder_parts
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.layer_rates import layer_rates
 from imitate_ds.models.text_encoder import HuggingFaceEncoder
 from imitate_ds.models.text_tower import (
     TOWER,
@@ -50,6 +51,8 @@ from imitate_ds.training.engine import (
 from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput
+
+IMAGE_ENCODER = "image_encoder."  # what the names of its parameters begin with
 
 
 class Inputs(NamedTuple):
@@ -150,6 +153,8 @@ def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
     tower = build_text_tower(config.text, inputs.online) if inputs.online else None
     torch.manual_seed(config.seed)
     model = _model(config, inputs, tower)
+    if world().is_main and model.image_encoder.remark:
+        print(model.image_encoder.remark, flush=True)
     if inputs.batch_norm == "sync":
         model = synchronise_batch_norm(model)
     save_memory(model.image_encoder, config.train)
@@ -184,9 +189,19 @@ def _model(config: RunConfig, inputs: Inputs, tower: TextTower | None = None) ->
     return ImitateModel(config.model, width, input_size=size, temperature=temperature, text_tower=tower)
 
 
-def rate_share(config: RunConfig, parameter: str) -> float:
-    """Of the learning rate of the step, for a parameter by name."""
-    return config.text.lr_share if parameter.startswith(TOWER) else 1.0
+def rate_share(config: RunConfig) -> Callable[[str], float]:
+    """Of the learning rate, for a parameter of the model by name: less in every layer of the image encoder towards the stem, and
+    in the text encoder.
+    """
+    decay = config.optim.layer_decay
+    rates = {} if decay == 1 else layer_rates(config.model, config.data.input_size, decay)
+
+    def share(parameter: str) -> float:
+        if parameter.startswith(TOWER):
+            return config.text.lr_share
+        return rates[parameter.removeprefix(IMAGE_ENCODER)] if rates and parameter.startswith(IMAGE_ENCODER) else 1.0
+
+    return share
 
 
 def train_step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) -> StepOutput:

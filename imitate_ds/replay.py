@@ -51,7 +51,7 @@ def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
     check_same_run(run_identity(with_operands(as_it_was), inputs), read_state(checkpoint)["identity"], checkpoint)
     with sharded_build(config.train):
         model = build_model(config, inputs)
-    engine = build_engine(model, config.train, config.optim, partial(rate_share, config))
+    engine = build_engine(model, config.train, config.optim, rate_share(config))
     load_checkpoint(engine, checkpoint)
     (batch,) = build_train_loader(
         config,

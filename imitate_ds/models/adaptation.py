@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from imitate_ds.batch import LabeledBatch
 from imitate_ds.finetune_config import EncoderConfig
+from imitate_ds.models.freezing import set_modes
 from imitate_ds.models.image_encoder import ImageEncoder
 
 ENCODER = "encoder."  # what the names of its parameters begin with
@@ -38,7 +39,7 @@ class TaskModel(nn.Module):
     def train(self, mode: bool = True) -> "TaskModel":
         super().train(mode)
         if mode:
-            _set_modes(self.encoder, learns=self.config.train != "frozen")
+            set_modes(self.encoder, learns=self.config.train != "frozen")
         return self
 
     def rate_share(self, parameter: str) -> float:
@@ -49,16 +50,6 @@ class TaskModel(nn.Module):
             return self.config.lr_share
         level = self.levels[parameter.removeprefix(ENCODER)]
         return self.config.lr_share * self.config.layer_decay ** (len(self.encoder.channels) - 1 - level)
-
-
-def _set_modes(module: nn.Module, *, learns: bool) -> None:
-    """Training mode for what learns. What has no parameters of its own, as dropout, goes with the module it is in; what has,
-    and none of them learns, stays in evaluation mode: no BatchNorm may move."""
-    of_all, own = list(module.parameters()), list(module.parameters(recurse=False))
-    learns = any(parameter.requires_grad for parameter in of_all) if of_all else learns
-    module.training = learns and (not own or any(parameter.requires_grad for parameter in own))
-    for child in module.children():
-        _set_modes(child, learns=learns)
 
 
 def encoder_levels(encoder: ImageEncoder) -> dict[str, int]:

@@ -128,8 +128,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         ValueError, match=r"of another backbone: \d+ of \d+ weights are missing \(stem_0.weight, .*unknown"
     ):
         encoder("convnext_atto", weights=str(path))
-    save_file(state | {"conv1.0.weight": torch.zeros(24, 1, 3, 3)}, path)
-    shapes = r"1 weights of another shape \(conv1.0.weight \[24, 1, 3, 3\], not \[24, 3, 3, 3\]\)"
+    save_file(state | {"conv1.0.weight": torch.zeros(24, 2, 3, 3)}, path)
+    shapes = r"1 weights of another shape \(conv1.0.weight \[24, 2, 3, 3\], not \[24, 3, 3, 3\]\)"
     with pytest.raises(ValueError, match=shapes):
         encoder(weights=str(path))
     with pytest.raises(FileNotFoundError, match=r"model.weights = 'none.pth': no such file"):
