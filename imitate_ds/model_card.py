@@ -16,6 +16,7 @@ def pretrained_card(settings: Mapping[str, Any], card: Mapping[str, Any]) -> str
     words = LSA_LICENCE if (settings["text_encoder"] or {}).get("kind") == "lsa" else ""
     facts = {k: v for k, v in card.items() if k not in (*CARD_FIELDS, "licence")}
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    channels = "" if settings["model"]["in_chans"] == 3 else ", with `in_chans=1`"
     return f"""---
 license: other
 library_name: imitate-ds
@@ -51,7 +52,7 @@ v = model.encode_image(["a.dcm", "b.png"], branch="impression")
 t = model.encode_text(["No pleural effusion."], section="impression")
 model.similarity(v, t)
 ```
-`image_encoder.safetensors` holds the backbone alone, under the names of `timm.create_model`.
+`image_encoder.safetensors` holds the backbone alone, under the names of `timm.create_model`{channels}.
 """
 
 

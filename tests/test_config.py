@@ -40,6 +40,8 @@ def test_wrong_value_names_key_value_and_rule():
         {**MINIMAL, "objective": {"temperature": "hot"}}
     )
     assert "data: must be given" in message({"name": "x"})
+    assert "model.in_chans = 2: must be 1 or 3" in message({**MINIMAL, "model": {"in_chans": 2}})
+    assert "optim.layer_decay = 0.0: must be greater than 0" in message({**MINIMAL, "optim": {"layer_decay": 0.0}})
 
 
 @pytest.mark.parametrize("share", [[0.0, 1.0], [0.5, 1.2], [0.9, 0.5]])
@@ -153,7 +155,7 @@ def test_yaml_never_builds_objects():
 
 def test_every_run_file_that_ships_is_valid(repository):
     run_files = sorted((repository / "launch" / "runs").glob("*.yaml"))
-    assert len(run_files) >= 10
+    assert len(run_files) >= 16
     for path in run_files:
         load = load_benchmark_config if path.stem == "benchmark" else partial(load_any_run, overrides=[])
         assert load(path).name == path.stem

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from imitate_ds import load_model
@@ -19,8 +20,10 @@ from imitate_ds.data.shards import load_index
 from imitate_ds.evaluate import evaluate_retrieval
 from imitate_ds.evaluation.validation import validate
 from imitate_ds.pretrain import pretrain
-from imitate_ds.recipe import open_inputs, run_identity, with_operands
+from imitate_ds.recipe import build_model, open_inputs, rate_share, run_identity, with_operands
 from imitate_ds.training import identity
+from imitate_ds.training.drain import Drain
+from imitate_ds.training.engine import parameter_groups
 from imitate_ds.training.heart import STUCK
 from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
@@ -210,6 +213,34 @@ def refusal(path, *overrides):
     assert status == 2, output[-2000:]
     assert "Traceback" not in output
     return output
+
+
+def test_layer_rates_and_frozen_weights_go_on_as_they_began(run_file, process_group):
+    settings = ["model.in_chans=1", "model.freeze=[conv1*, bn1*]", "optim.layer_decay=0.5", "train.max_steps=4"]
+    settings += ["train.deepspeed=zero2", "data.val_split="]
+    configs, folders = {}, {}
+    for name in ("through", "drained"):
+        path, folders[name] = run_file(name)
+        configs[name] = load_run_config(path, settings)
+    pretrain(configs["through"])
+    drain = Drain()
+    drain.signal = signal.SIGUSR1
+    pretrain(configs["drained"], drain)
+    assert [r["step"] for r in records(folders["drained"])] == [1, 2]
+    resumed = load_run_config(run_file("drained")[0], [*settings, "train.resume=true"])
+    pretrain(resumed)
+    one, two = ([r["loss"] for r in records(folders[name])] for name in ("through", "drained"))
+    assert two == pytest.approx(one, rel=1e-6)
+
+    inputs = open_inputs(resumed, None)
+    first, last = build_model(resumed, inputs), load_model(folders["drained"] / "export").model
+    moved = {n for n, p in first.named_parameters() if not torch.equal(p, last.get_parameter(n))}
+    assert moved == {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    share = rate_share(resumed)
+    groups = parameter_groups(first, resumed.optim, share)
+    assert {group["rate_share"] for group in groups} == {1.0, 0.5, 0.25, 0.125, 0.0625}  # the stem would have 0.03125
+    assert share("image_encoder.backbone.layer4.0.conv1.weight") == 0.5
+    assert share("text_projection.layers.0.weight") == 1
 
 
 def test_refusals_name_key_value_and_what_to_do(run_file, phantom_shards, tmp_path, process_group):

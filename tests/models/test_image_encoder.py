@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imitate_ds.config import AggregationConfig, ModelConfig
+from imitate_ds.models.aggregation import HierarchicalAggregation
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 
 PIXELS = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -16,23 +17,34 @@ def encoder(name="resnet10t", input_size=64, **settings) -> ImageEncoder:
     return ImageEncoder(ModelConfig(image_encoder=name, **settings), input_size).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "sides"),
-    [
-        ("resnet18", [64, 128, 256, 512], [16, 8, 4, 2]),
-        ("convnext_atto", [40, 80, 160, 320], [16, 8, 4, 2]),
-        ("vit_tiny_patch16_224", [192] * 4, [4] * 4),
-        ("swin_tiny_patch4_window7_224", [96, 192, 384, 768], [16, 8, 4, 2]),  # gives its maps channels last
-        ("mobilenetv3_small_100", [16, 24, 48, 576], [16, 8, 4, 2]),
-    ],
-)
+# name, input size that is not its own, width and cell of each level
+FAMILIES = [
+    ("resnet10t", 96, [64, 128, 256, 512], [4, 8, 16, 32]),
+    ("resnet18", 96, [64, 128, 256, 512], [4, 8, 16, 32]),
+    ("convnext_atto", 96, [40, 80, 160, 320], [4, 8, 16, 32]),
+    ("swin_tiny_patch4_window7_224", 96, [96, 192, 384, 768], [4, 8, 16, 32]),  # gives its maps channels last
+    ("mobilenetv3_small_100", 96, [16, 24, 48, 576], [4, 8, 16, 32]),
+    ("vit_tiny_patch16_224", 96, [192] * 4, [16] * 4),
+    ("eva02_tiny_patch14_224", 70, [192] * 4, [14] * 4),
+    ("vit_small_patch14_reg4_dinov2", 70, [384] * 4, [14] * 4),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "channels", "reductions"), FAMILIES)
 @torch.inference_mode()
-def test_levels_from_fine_to_coarse(name, channels, sides):
-    model = encoder(name)
-    assert model.channels == channels
-    assert [list(level.shape) for level in model(PIXELS)] == [
-        [2, c, s, s] for c, s in zip(channels, sides, strict=True)
-    ]
+def test_levels_from_fine_to_coarse(name, size, channels, reductions):
+    """Of one channel and three alike, with 4 levels and with the last 2 or 3 of them."""
+    images = torch.randint(0, 256, (2, 1, size, size), dtype=torch.uint8)
+    for levels, in_chans in ((4, 3), (3, 1), (2, 1)):
+        aggregation = AggregationConfig(keep=(0.2, 0.1, 0.1, 0.1)[-levels:], pool=4, heads=1)
+        model = encoder(name, size, in_chans=in_chans, aggregation=aggregation)
+        assert (model.channels, model.reductions) == (channels[-levels:], reductions[-levels:])
+        found = model(images)
+        assert [list(level.shape) for level in found] == [
+            [2, c, size // r, size // r] for c, r in zip(model.channels, model.reductions, strict=True)
+        ]
+        rows = HierarchicalAggregation(model.channels, aggregation)(found, seed=0)
+        assert rows.shape == (2, 16)
 
 
 def test_one_grid_gives_blocks_at_even_distances():
@@ -50,13 +62,14 @@ def test_pixels_are_scaled_to_one_and_then_normalised():
         torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
 @torch.inference_mode()
-def test_channels_last_gives_the_same_in_its_own_layout():
-    model = encoder()
+def test_channels_last_gives_the_same_in_its_own_layout(in_chans):
+    model = encoder(in_chans=in_chans)
     levels = model(PIXELS)
     assert levels[0].is_contiguous(memory_format=torch.channels_last)
     assert all(weight.is_contiguous() for weight in model.parameters())  # DeepSpeed broadcasts no others
-    plain = model.backbone(((PIXELS.float() / 255 - 0.5) / 0.25).repeat(1, 3, 1, 1))
+    plain = model.backbone(((PIXELS.float() / 255 - 0.5) / 0.25).repeat(1, in_chans, 1, 1))
     for level, other in zip(levels, plain, strict=True):
         assert other.is_contiguous()
         torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-4)
@@ -68,9 +81,15 @@ def test_only_grey_bytes_are_taken(images):
         encoder()(images)
 
 
-def test_drop_path_reaches_the_backbone():
-    paths = [m for m in encoder("convnext_atto", drop_path=0.3).modules() if type(m).__name__ == "DropPath"]
-    assert max(path.drop_prob for path in paths) == pytest.approx(0.3)
+@pytest.mark.parametrize("name", ["convnext_atto", "test_vit", "swin_tiny_patch4_window7_224"])
+@torch.no_grad()
+def test_drop_path_reaches_the_backbone_and_is_off_in_evaluation(name):
+    model = encoder(name, drop_path=0.5)
+    paths = [m for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(path.drop_prob for path in paths) == pytest.approx(0.5)
+    assert torch.equal(model(PIXELS)[-1], model(PIXELS)[-1])
+    paths[-1].train()  # alone: nothing else that varies
+    assert not all(torch.equal(model(PIXELS)[-1], model(PIXELS)[-1]) for _ in range(8))
 
 
 @pytest.mark.parametrize(
