@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 from imitate_ds.config import RunConfig, build_run_config
 from imitate_ds.finetune_config import EncoderConfig, TaskConfig, build_finetune_config
@@ -50,6 +52,10 @@ def test_one_channel_is_written_and_comes_back(export):
     folder, _ = export
     assert json.loads((folder / "config.json").read_text())["model"]["in_chans"] == 1
     assert "`timm.create_model`, with `in_chans=1`" in (folder / "README.md").read_text()
+    network = timm.create_model("test_vit3", in_chans=1, img_size=64)
+    missing, unexpected = network.load_state_dict(load_file(folder / "image_encoder.safetensors"), strict=False)
+    assert unexpected == []
+    assert all(name.startswith(("norm.", "attn_pool.", "fc_norm.", "head.")) for name in missing)
     model = load_model(folder)
     pixels = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
     rows = torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
