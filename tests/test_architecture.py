@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "model_card",
     },
     "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
+    "planning": {"batch", "config", "data", "devices", "objective", "ops", "recipe", "training"},
     "evaluation": {"batch", "flight", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},
 }

@@ -155,6 +155,38 @@ def launch(
     raise typer.Exit(launch_plan(plan, dry_run=dry_run))
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", help="Run file (YAML).")],
+    gpu: Annotated[str, typer.Option("--gpu", help="As imitate_ds/devices.py names it: h100-80, a100-40, l40s, ...")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+    nodes: Annotated[int, typer.Option("--nodes")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", help="One rank for each.")] = 8,
+    interconnect: Annotated[
+        float, typer.Option("--interconnect", help="GB/s out of a node, of all its ports; 400 Gbit/s are 50.")
+    ] = 50,
+    studies: Annotated[
+        int | None, typer.Option("--studies", min=1, help="Of an epoch, where the shards are not here.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all of it, and every constant.")] = None,
+) -> None:
+    """What a run would need and take on GPUs that need not be here: memory by ZeRO stage, time, energy; and what to set."""
+    from imitate_ds.config import load_run_config
+    from imitate_ds.devices import device_called
+    from imitate_ds.planning.assumptions import gpu_machine
+    from imitate_ds.planning.planner import make_plan
+    from imitate_ds.planning.report import plan_values, plan_view
+
+    run, device = load_run_config(config, override), device_called(gpu)
+    machine = gpu_machine(gpu, device, run.train, nodes=nodes, per_node=gpus_per_node, interconnect=interconnect)
+    with errors.status("tracing a step"):
+        found = make_plan(run, machine, studies=studies)
+    console.print(plan_view(found))
+    if json_file:
+        json_file.write_text(json.dumps(plan_values(found), indent=1) + "\n")
+        say(f"written: {json_file}")
+
+
 def main() -> None:
     """Run a command; what is wrong with the input, or missing here, is one clear line and status 2, not a traceback."""
     try:

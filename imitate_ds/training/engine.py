@@ -31,6 +31,8 @@ if "TORCH_EXTENSIONS_DIR" not in os.environ:
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed  # noqa: E402  # reads the environment that was set above
+from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 # DeepSpeed 0.19.8 calls two collectives by names that torch 2.14 warns of, once per rank.
 warnings.filterwarnings("ignore", message=r".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
@@ -85,6 +87,17 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
 
 def zero_stage(ds_json: dict[str, Any]) -> int:
     return int(ds_json.get("zero_optimization", {}).get("stage", 0))
+
+
+def zero_settings(ds_json: dict[str, Any]) -> Any:
+    """What the file says of ZeRO, with DeepSpeed's own defaults for what it does not."""
+    return DeepSpeedZeroConfig(**ds_json.get("zero_optimization", {}))
+
+
+def lowered_elements(model: nn.Module) -> int:
+    """How many elements of the weights have gradients that DeepSpeed sends in 16 bits under autocast."""
+    modules = (module for module in model.modules() if type(module) in LOWER_PRECISION_SAFE_MODULES)
+    return sum(p.numel() for module in modules for p in module.parameters(recurse=False) if p.requires_grad)
 
 
 def deepspeed_config(train: TrainConfig, optim: OptimConfig, *, has_batch_norm: bool) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""How long a step takes: a roofline over its operations, the loss, the messages, and what of them hides behind what."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from imitate_ds.planning.assumptions import Machine, Rates
+from imitate_ds.planning.loss import FLOAT, LossCost
+from imitate_ds.planning.memory import Precision, Size, Stage
+from imitate_ds.planning.trace import KINDS, Trace, Traces
+
+# Passes over what a rank owns of the optimizer, in bytes of an element: Adam reads and writes weight and both moments and reads
+# the gradient (28), the norm and clipping touch it three times (12), the weights are copied back (8).
+ADAM_TRAFFIC = 48
+FLATTENED_TRAFFIC = 4  # times the gradients' bytes: into a bucket and back, of ZeRO and of plain averaging alike
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step of one rank; parts add up to the total."""
+
+    compute: float  # operations that arithmetic bounds
+    memory_bound: float  # operations that memory bounds
+    launching: float  # what the host is slower than the device
+    recomputed: float  # GradCache's first pass
+    loss: float
+    optimizer: float
+    gradients: float  # reduced over ranks, beyond what hides behind the backward pass
+    parameters: float  # gathered over ranks, likewise
+    embeddings: float  # gathered over ranks, and SyncBatchNorm's messages
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def step_time(
+    traces: Traces,
+    loss: LossCost,
+    size: Size,
+    precision: Precision,
+    stage: Stage,
+    machine: Machine,
+    *,
+    studies: int,
+    chunk: int,
+    end: str = "likely",
+) -> StepTime:
+    """studies: of this rank and step; chunk: of them pass the encoder together."""
+    rates, chunks = machine.rates[end], studies / chunk
+    trace = traces.at(chunk)
+    seconds, bounded = _roofline(trace, rates)
+    forward, backward = seconds[: trace.forward].sum() * chunks, seconds[trace.forward :].sum() * chunks
+    compute = float(seconds[bounded].sum()) * chunks
+    hooks = rates.hooks * size.modules if stage.stage == 3 else 0.0
+    # A GPU computes while its host goes on; a CPU does one after the other.
+    hidden = machine.on_cuda
+    launching = max(0.0, rates.launch * len(seconds) + 2 * hooks - hidden * float(seconds.sum())) * chunks
+    host = (rates.launch * trace.forward + hooks) * chunks
+    again = (max(forward, host) if hidden else forward + host) if chunks > 1 else 0.0
+    reduce, gather = _gradient_seconds(size, precision, stage, machine.ranks, rates, backward=backward)
+    if stage.stage == 3:
+        gather = max(0.0, gather - (forward if stage.overlap else 0.0))
+    texts = max(0.0, loss.hidden_wire / rates.link - forward)
+    norms = (
+        2 * size.batch_norms * (chunks + (chunks > 1)) * rates.meet if machine.on_cuda and machine.ranks > 1 else 0.0
+    )
+    return StepTime(
+        compute,
+        float(forward + backward - compute),
+        launching,
+        float(again),
+        max(loss.flops / rates.matmul, loss.moved / rates.bandwidth),
+        _optimizer_seconds(size, precision, stage, machine, rates),
+        reduce,
+        gather,
+        texts + loss.wire / rates.link + loss.messages * rates.meet * (machine.ranks > 1) + norms,
+    )
+
+
+def _roofline(trace: Trace, rates: Rates) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of every operation [n], and whether arithmetic bounds it."""
+    speeds = np.array([rates.matmul, rates.convolution, rates.depthwise, rates.matmul])
+    assert len(speeds) == len(KINDS)
+    arithmetic, memory = trace.flops / speeds[trace.kind], trace.moved / rates.bandwidth
+    return np.maximum(arithmetic, memory), arithmetic > memory
+
+
+def _gradient_seconds(
+    size: Size, precision: Precision, stage: Stage, ranks: int, rates: Rates, *, backward: float
+) -> tuple[float, float]:
+    """Of reducing gradients and of gathering weights, by rings.
+
+    DeepSpeed's ZeRO-1 and 2 add up all of every gradient on every rank (use_multi_rank_bucket_allreduce), ZeRO-3 scatters it.
+    Only whole buckets go out while the backward pass runs, and most models fit into one.
+    """
+    if ranks == 1:
+        return 0.0, 0.0
+    sent = size.trained * precision.weights - (size.lowered * 2 if precision.autocast and stage.stage else 0)
+    around = (ranks - 1) / ranks
+    reduce = (1 if stage.stage == 3 else 2) * around * sent / rates.link + rates.meet
+    early = max(0.0, 1 - stage.bucket / size.trained) if stage.overlap else 0.0
+    reduce -= min(reduce * early, backward)
+    gather = around * size.trained * precision.weights / rates.link + rates.meet if stage.stage else 0.0
+    return reduce, gather
+
+
+def _optimizer_seconds(size: Size, precision: Precision, stage: Stage, machine: Machine, rates: Rates) -> float:
+    own = size.trained / (machine.ranks if stage.stage else 1)
+    copies = FLATTENED_TRAFFIC * size.trained * precision.weights / rates.bandwidth
+    if not stage.offloads_optimizer:
+        return own * ADAM_TRAFFIC / rates.bandwidth + copies
+    there_and_back = own * 2 * FLOAT / rates.host_link
+    return own * ADAM_TRAFFIC / rates.host_bandwidth + there_and_back + copies
