@@ -24,9 +24,9 @@ class Span(NamedTuple):
 
 ASSUMED = {
     "share of peak, matrix products": Span(0.40, 0.55, 0.70, "assumed: large products; whole ViT steps reach .35 to .55"),
-    "share of peak, convolutions": Span(0.30, 0.45, 0.60, "assumed: set by ResNet-50 in NVIDIA's DeepLearningExamples"),
+    "share of peak, convolutions": Span(0.25, 0.40, 0.55, "assumed: set by ResNet-50 in NVIDIA's DeepLearningExamples"),
     "share of peak, depthwise convolutions": Span(0.01, 0.02, 0.04, "assumed: cuDNN has no tensor cores for them"),
-    "share of memory bandwidth": Span(0.65, 0.80, 0.90, "assumed: what STREAM-like kernels reach on A100 and H100"),
+    "share of memory bandwidth": Span(0.60, 0.75, 0.90, "assumed: what STREAM-like kernels reach on A100 and H100"),
     "share of the link in a node": Span(0.55, 0.75, 0.85, "assumed: bus bandwidth of nccl-tests over the data sheet's"),
     "share of the link between nodes": Span(0.60, 0.80, 0.90, "assumed: bus bandwidth of nccl-tests over the line rate"),
     "GB/s of host memory for a rank": Span(8, 20, 40, "assumed: a two-socket host shared by eight devices"),

@@ -5,7 +5,6 @@ Of weights, gradients and optimizer it is what DeepSpeed 0.19.8 allocates (stage
 that are float32 already, buckets of fixed size, flat copies while gradients are reduced. The rest is traced.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -32,7 +31,7 @@ ADAM = 2 * FLOAT  # bytes of both moments of an element
 class Stage(NamedTuple):
     """A ZeRO configuration, as a file in ds_configs/ and DeepSpeed's defaults make it."""
 
-    name: str
+    name: str  # as train.deepspeed has it
     stage: int
     bucket: int  # elements
     overlap: bool
@@ -83,7 +82,7 @@ class Placed(NamedTuple):
 def read_stage(name: str) -> Stage:
     settings = zero_settings(load_deepspeed_json(name))
     return Stage(
-        Path(name).stem,
+        name,
         int(settings.stage),
         settings.reduce_bucket_size,
         bool(settings.overlap_comm),
@@ -149,6 +148,7 @@ def place(
         | {
             "activations": batch + features + (0.0 if cached else trace.saved),
             "loss buffers": loss.peak,
+            "parameters": _gathered_parameters(size, precision, stage, ranks),
         },
         "backward": gathered
         | {

@@ -85,8 +85,6 @@ def _option(subject: Subject, machine: Machine, stage: Stage) -> Option:
 def _refusal(subject: Subject, machine: Machine, stage: Stage) -> str:
     """What the engine would say of this combination."""
     train = subject.config.train.model_copy(update={"deepspeed": stage.name})
-    if stage.stage and subject.config.train.deepspeed.endswith(f"{stage.name}.json"):
-        train = subject.config.train
     try:
         deepspeed_config(train, subject.config.optim, has_batch_norm=bool(subject.size.batch_norms))
     except ValueError as error:
@@ -165,7 +163,7 @@ def _choose(possible: list[Option], config: RunConfig) -> Option:
     whole = [option for option in possible if not option.chunk] or possible
     best = min(option.times["likely"].total for option in whole)
     alike = [option for option in whole if option.times["likely"].total <= best * ALIKE]
-    own = [option for option in alike if option.stage.name == read_stage(config.train.deepspeed).name]
+    own = [option for option in alike if option.stage.name == config.train.deepspeed]
     return (own or alike)[0]
 
 

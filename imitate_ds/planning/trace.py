@@ -6,14 +6,12 @@ any batch takes a second and no memory. Every operation is linear in the micro b
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -21,8 +19,8 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backwa
 KINDS = ("matmul", "convolution", "depthwise", "other")
 aten = torch.ops.aten
 
-# What CUDA's autocast computes in float32, and a CPU's does not; tensors here are those of a CPU, whatever is planned for.
-_WIDENED = {nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax, torch.softmax, Tensor.softmax}
+# CUDA's autocast computes them in float32, a CPU's does not; tensors here are those of a CPU, whatever is planned for.
+WIDENED = (nn.LayerNorm, nn.GroupNorm)
 # They give a tensor, and neither read nor write what is in it.
 _UNTOUCHED = {
     aten.empty,
@@ -94,20 +92,25 @@ def trace_step(
 ) -> Trace:
     """Trace the forward and backward pass of step(model, studies) -> scalar.
 
-    model: on any device, "meta" for one; its weights are lost.
-    autocast: the dtype of torch.autocast, if the run uses it; as_cuda: with the rules of a GPU's.
+    model: on any device, "meta" for one; its weights are lost. autocast: the dtype of torch.autocast, if the run uses it;
+    as_cuda: with the rules of a GPU's.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         _empty_weights(model)
         tally = _Tally()
         handles = [p.register_post_accumulate_grad_hook(tally.finish) for p in model.parameters() if p.requires_grad]
         tally.know(*model.parameters(), *model.buffers())
+        if autocast and as_cuda:
+            norms = (module for module in model.modules() if isinstance(module, WIDENED))
+            handles += [module.register_forward_pre_hook(_widen) for module in norms]
         with tally:
-            with _autocast(autocast, as_cuda=as_cuda):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 total = step(model, studies)
             forward = len(tally.rows)
             total.backward()
         del total
+        # The last gradient is finished after the last operation.
+        tally.rows.append((tally.live, tally.finished, 0, 0, KINDS.index("other")))
         for handle in handles:
             handle.remove()
     live, finished, flops, moved, kind = (np.array(column, dtype=float) for column in zip(*tally.rows, strict=True))
@@ -124,35 +127,8 @@ def _empty_weights(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
-def _autocast(dtype: torch.dtype | None, *, as_cuda: bool) -> Any:
-    if dtype is None:
-        return nullcontext()
-    stack = torch.autocast("cpu", dtype)
-    return _Both(stack, _WideNorms()) if as_cuda else stack
-
-
-class _Both:
-    """Two contexts, one inside the other."""
-
-    def __init__(self, *contexts: Any):
-        self.contexts = contexts
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
-
-
-class _WideNorms(TorchFunctionMode):
-    """Norms and softmax get float32, as under CUDA's autocast."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function in _WIDENED and args[0].dtype in (torch.bfloat16, torch.float16):
-            args = (args[0].float(), *args[1:])
-        return function(*args, **(kwargs or {}))
+def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].float(), *inputs[1:]
 
 
 class _Tally(TorchDispatchMode):

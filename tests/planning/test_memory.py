@@ -1,0 +1,122 @@
+"""Bytes of a rank by ZeRO stage, against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from imitate_ds.planning.assumptions import Machine, Rates
+from imitate_ds.planning.loss import LossCost
+from imitate_ds.planning.memory import KINDS, Placed, Precision, Size, Stage, place, read_stage
+from imitate_ds.planning.trace import Trace, Traces
+
+MILLION = 10**6
+SIZE = Size(trained=100 * MILLION, lowered=0, largest=MILLION, small=0, still=0, batch_norms=0, modules=10)
+FULL, HALF = Precision(4, autocast=False), Precision(2, autocast=False)
+NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def traces(bytes_of_a_study: float) -> Traces:
+    """Four operations: two of forward, the worst of backward, and its last, after which all gradients are there."""
+
+    def at(studies: int) -> Trace:
+        live = np.array([1.0, 1.9, 2.0, 0.0]) * bytes_of_a_study * studies
+        nothing = np.zeros(4)
+        return Trace(studies, live, np.array([0.0, 0.0, 0.0, 4.0 * SIZE.trained]), nothing, nothing, np.full(4, 3), 2)
+
+    return Traces(at(1), at(2))
+
+
+def machine(ranks: int, *, on_cuda: bool = True) -> Machine:
+    rates = Rates(1, 1, 1, 1, 1, 1, 1)
+    return Machine("test", 1, ranks, 80e9, on_cuda, {"likely": rates})
+
+
+def stage_of(number: int, *, bucket: int = 0, overlap: bool = False, offload: bool = False) -> Stage:
+    return Stage(f"zero{number}", number, bucket, overlap, offload, False, 10**9, 10**5)
+
+
+def placed(
+    stage: Stage,
+    ranks: int,
+    precision: Precision = FULL,
+    *,
+    study: float = 1e9,
+    studies: int = 10,
+    chunk: int = 0,
+    **options,
+) -> Placed:
+    here = machine(ranks, **options)
+    sizes = {"batch_bytes": 100.0, "features_bytes": 10.0}
+    return place(traces(study), NO_LOSS, SIZE, precision, stage, here, studies=studies, chunk=chunk or studies, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "precision", "parameters", "optimizer"),
+    [
+        (0, 8, FULL, 400, 800),  # weights; both moments
+        (1, 8, FULL, 400, 1200 / 8),  # and DeepSpeed's copy of weights that are float32 already
+        (2, 8, FULL, 400, 1200 / 8),
+        (3, 8, FULL, 400 / 8 + 400, 800 / 8),  # its part, and all of it gathered; no copy
+        (0, 8, HALF, 200, 1200),  # float32 copy and both moments
+        (1, 8, HALF, 200, 1200 / 8),
+        (3, 8, HALF, 200 / 8 + 200, 1200 / 8),
+        (3, 1, HALF, 200, 1200),  # alone nothing has to be gathered
+    ],
+)
+def test_states_by_hand(number: int, ranks: int, precision: Precision, parameters: float, optimizer: float) -> None:
+    found = placed(stage_of(number), ranks, precision)
+    assert found.moment == "backward"  # 20 GB of activations
+    assert found.kinds["activations"] == 2 * 10 * 1e9
+    assert found.kinds["parameters"] == pytest.approx(parameters * MILLION)
+    assert found.kinds["optimizer states"] == pytest.approx(optimizer * MILLION)
+    assert set(found.kinds) == set(KINDS)
+
+
+def test_buckets_by_hand() -> None:
+    """2 GB of float32 each: one at ZeRO-1, a second to overlap, one of each dtype under autocast."""
+    half_a_billion = 500 * MILLION
+    autocast = Precision(4, autocast=True)
+    cases = [
+        (stage_of(0, bucket=half_a_billion), FULL, 0),
+        (stage_of(1, bucket=half_a_billion), FULL, 2e9),
+        (stage_of(2, bucket=half_a_billion, overlap=True), FULL, 4e9),
+        (stage_of(2, bucket=half_a_billion, overlap=True), autocast, 8e9),
+        (stage_of(2, bucket=half_a_billion, overlap=True), HALF, 2e9),
+        (stage_of(3, bucket=half_a_billion, overlap=True), autocast, 3e9),
+    ]
+    for stage, precision, expected in cases:
+        assert placed(stage, 8, precision).kinds["communication buckets"] == expected, (stage, precision)
+
+
+def test_without_activations_the_worst_is_where_gradients_meet() -> None:
+    """ZeRO-1 on a CPU, where an untouched bucket is no memory: gradients, a flat copy of them, and this rank's part of it."""
+    found = placed(stage_of(1, bucket=500 * MILLION), 2, study=1.0, on_cuda=False)
+    assert found.moment == "reduction"
+    assert found.total == pytest.approx((400 + 1200 / 2 + 400 + 400 + 400 / 2) * MILLION)
+
+
+def test_offloading_moves_the_optimizer_to_the_host() -> None:
+    found = placed(stage_of(2, offload=True), 8, HALF)
+    assert found.kinds["optimizer states"] == 0
+    assert found.host == pytest.approx(100 * MILLION / 8 * (12 + 4 + 2))
+
+
+def test_a_chunk_takes_the_activations_of_a_chunk() -> None:
+    whole, cached = placed(stage_of(1), 8), placed(stage_of(1), 8, chunk=2)
+    assert whole.kinds["activations"] == 20e9
+    assert cached.kinds["activations"] == pytest.approx(
+        4e9 + 8 * 100 + 3 * 10 * 10
+    )  # images of the others, and embeddings
+    assert cached.total < whole.total
+
+
+def test_more_ranks_never_need_more_at_zero_3() -> None:
+    totals = [placed(stage_of(3), ranks, HALF).total for ranks in (1, 2, 4, 8, 16, 64, 512)]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_files_that_ship_are_read_with_deepspeeds_defaults() -> None:
+    first, second, offloaded = read_stage("zero1"), read_stage("zero2"), read_stage("zero3_offload")
+    assert (first.stage, first.bucket, first.overlap) == (1, 500 * MILLION, False)
+    assert second.overlap
+    assert not second.offloads_optimizer
+    assert (offloaded.label, offloaded.offloads_parameters) == ("ZeRO-3 + offload", True)
