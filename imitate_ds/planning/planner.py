@@ -15,7 +15,7 @@ from imitate_ds.training.engine import deepspeed_config
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # files of ds_configs/
 ENDS = ("low", "likely", "high")
 MOST_STUDIES = 2**16  # of a rank
-ALIKE = 1.02  # times of two stages that differ by less are not told apart
+ALIKE = 1.10  # times that differ by less are not told apart: the constants are not known as well as that
 
 
 class Option(NamedTuple):
@@ -41,10 +41,12 @@ class Plan(NamedTuple):
     @property
     def settings(self) -> list[str]:
         """What to `--set`."""
-        chosen = {"deepspeed": self.choice.stage.name, "grad_cache_chunk": max(0, self.choice.chunk)}
-        if not self.config.train.global_batch_size:
-            chosen["micro_batch_size"] = self.subject.studies
-        return [f"train.{name}={value}" for name, value in sorted(chosen.items())]
+        chosen = {
+            "deepspeed": self.choice.stage.name,
+            "grad_cache_chunk": max(0, self.choice.chunk),
+            "micro_batch_size": self.subject.studies,  # beside a global_batch_size for its chunks to divide
+        }
+        return [f"train.{name}={value}" for name, value in chosen.items()]
 
 
 def make_plan(
@@ -210,9 +212,10 @@ def _why(subject: Subject, machine: Machine, options: list[Option], choice: Opti
     step, wanted = choice.times["likely"], subject.studies
     sentences = [_of_memory(subject, machine, choice), _of_the_others(options, choice), _of_time(step)]
     if choice.chunk:
+        price = f"the price of a second forward pass ({step.recomputed / step.total:.0%} of the step)"
+        norms = "; every BatchNorm then sees a chunk at a time" if subject.size.batch_norms else ""
         sentences.append(
-            f"GradCache passes {choice.chunk} studies at a time, {wanted // choice.chunk} times, for the price of a second "
-            f"forward pass ({step.recomputed / step.total:.0%} of the step); BatchNorm then sees a chunk at a time."
+            f"GradCache passes {choice.chunk} studies at a time, {wanted // choice.chunk} times, for {price}{norms}."
         )
     buckets = choice.placed.kinds["communication buckets"]
     if buckets > 0.05 * machine.memory:
@@ -248,9 +251,12 @@ def _of_the_others(options: list[Option], choice: Option) -> str:
         elif option.chunk < 0:
             parts.append(f"{option.stage.label} does not fit")
         else:
-            less = f"{saved:.1f} GiB less" if saved >= 0 else f"{-saved:.1f} GiB more"
-            parts.append(f"{option.stage.label} would take {less} and {slower:+.0%} of the time")
-    return f"Of the others, {', '.join(parts)}." if parts else ""
+            memory = f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}"
+            longer = f"{abs(slower):.0%} {'longer' if slower > 0 else 'shorter'}" if abs(slower) >= 0.005 else "as long"
+            parts.append(f"{option.stage.label} would need {memory} and take {longer}")
+    if not parts:
+        return ""
+    return f"Of the others, {', '.join(parts)}; times within {ALIKE - 1:.0%} are not told apart, and leave the stage as it is."
 
 
 def _of_time(step: StepTime) -> str:

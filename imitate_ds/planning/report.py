@@ -73,7 +73,7 @@ def _memory_view(plan: Plan) -> Table:
     machine, subject = plan.machine, plan.subject
     where = f"{machine.nodes} x {machine.per_node} {machine.name}"
     table = Table(
-        title=f"{escape(plan.config.name)} on {where}: GiB of one device, {subject.studies:,} studies a rank",
+        title=f"{escape(plan.config.name)} on {where}: GiB of one device at its worst moment, {subject.studies:,} studies a rank",
         title_justify="left",
     )
     table.add_column("")
