@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine they ran on, and a table."""
 
+import ctypes
 import datetime
 import os
 import platform
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -58,6 +60,18 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident_bytes(name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Memory of this process: now, or at most since it began or forget_peak was called (Linux only)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def forget_peak() -> None:
+    """VmHWM begins anew. What was freed goes back to the system first, so that it is not taken for room to grow in."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def installed_version(package: str) -> str | None:

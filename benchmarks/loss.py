@@ -14,7 +14,6 @@ pair: one loss with a clinical prior. step: the six losses of a training step, i
 """
 
 import argparse
-import ctypes
 import importlib.util
 import itertools
 import json
@@ -28,7 +27,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import REPOSITORY, device_slug, installed_version, machine, provenance, table, total_memory
+from common import (
+    REPOSITORY,
+    device_slug,
+    forget_peak,
+    installed_version,
+    machine,
+    provenance,
+    resident_bytes,
+    table,
+    total_memory,
+)
 from loss_forms import (
     FORMS,
     KINDS,
@@ -214,16 +223,10 @@ def peak_here(name: str, case: Case, small: Case) -> int:
     run()  # threads and libraries are there from now on
     if small is not case:
         run = FORMS[name].build(case)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    forget_peak()
+    before = resident_bytes("VmRSS")
     gradients = run()
-    return _status("VmHWM") - before - byte_size(gradients)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return resident_bytes("VmHWM") - before - byte_size(gradients)
 
 
 def peak_elsewhere(kind: str, name: str, size: str, width: Width) -> int:

@@ -1,0 +1,670 @@
+"""Our training step beside the published one: studies a second, peak memory, and where the time goes, in one run.
+
+    python benchmarks/step.py                                   # ResNet-18 at 64 px on a CPU
+    python benchmarks/step.py --encoder resnet50 --size 224     # what is published, on a CPU
+    python benchmarks/step.py --device cuda                     # the same on a GPU, in under --minutes 9
+
+Data are left out: images are random bytes of the right shape, texts random tokens as long as reports are, and both lie on the
+device. `published` is benchmarks/published_step.py; the rows after it take over one of our savings each; `ours` is the
+program itself: recipe, objective, DeepSpeed engine and loop as `imitate_ds.pretrain` runs them. Every row is measured in
+fresh processes, by turns, so that a drift of the machine favours none.
+
+Peak memory: on CUDA what torch had allocated; on a CPU what the process grew by once everything was imported.
+Prints tables and writes benchmarks/results/step_<encoder>_<device>.json.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from common import REPOSITORY, device_name, forget_peak, machine, provenance, resident_bytes, table
+from published_step import SECTIONS, PublishedNetwork, Savings, Studies, build_step, published_losses
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+from imitate_ds.batch import Batch, Features
+from imitate_ds.config import RunConfig, build_run_config
+from imitate_ds.devices import find_device
+from imitate_ds.distributed import init_world, leave_world, training_device, world
+from imitate_ds.models.image_encoder import ImageEncoder
+from imitate_ds.objective import imitate_loss
+from imitate_ds.pretrain import Pretraining
+from imitate_ds.recipe import Inputs, with_operands
+from imitate_ds.run_file import merged
+from imitate_ds.training.course import Horizon
+from imitate_ds.training.drain import Drain
+from imitate_ds.training.engine import batch_norm_policy, build_engine
+from imitate_ds.training.loop import Calls, LoopSettings, train_steps
+from imitate_ds.training.monitor import Monitor
+
+GIB = 2**30
+STEP, LONGEST, TEXT_WIDTH = "step", 256, 768
+# Tokens of a section, log-normal: median and deviation of the logarithm. Words and punctuation marks of 2,843 findings and 3,257
+# impressions of Open-i were counted: 35 (.42) and 9 (.80). Of MIMIC-CXR, which the method is published on, findings are 1.41
+# times as long (53.0 against 37.6 words: Chen et al., EMNLP 2020, table 1). A word is taken to be 1.25 word pieces, and every
+# text has two special tokens. The last two numbers are assumptions: no tokenizer and no report of MIMIC-CXR were at hand.
+TOKENS = {"findings": (64, 0.42), "impression": (18, 0.80)}
+
+
+class Row(NamedTuple):
+    title: str
+    savings: Savings | None = None  # None: ours
+    gathers: bool = False
+    padded: bool = False  # every text to LONGEST tokens
+    options: Mapping[str, Any] = MappingProxyType({})  # of our run file
+
+
+ROWS = {
+    "published": Row("published", Savings()),
+    "published_gathered": Row("published, negatives gathered", Savings(), gathers=True),
+    "published_padded": Row("published, texts padded to 256 tokens", Savings(), padded=True),
+    "one_pass": Row("+ one backbone pass a view", Savings(one_pass=True)),
+    "cached_text": Row("+ cached text", Savings(cached_text=True)),
+    "single_losses": Row("+ losses not doubled", Savings(single_losses=True)),
+    "strips": Row("+ strips, no matrices", Savings(strips=True)),
+    "no_sync": Row("+ no loss read in the step", Savings(no_sync=True)),
+    "channels_last": Row("+ channels last", Savings(channels_last=True)),
+    "cls_query": Row("+ one query in the attention", Savings(cls_query=True)),
+    "ours": Row("ours, all of them"),
+    "ours_vit_large": Row(
+        "ours, ViT-L/16",
+        options={
+            "model": {
+                "image_encoder": "vit_large_patch16_224",
+                "projection_norm": "layer",
+                "aggregation": {"keep": [0.12, 0.12, 0.12, 0.12]},
+            },
+        },
+    ),
+}
+TABLE = [name for name in ROWS if name != "ours_vit_large"]
+
+
+class Job(NamedTuple):
+    """What one process measures. Everything in it is JSON."""
+
+    row: str
+    encoder: str
+    size: int  # pixels
+    batch: int  # studies of a rank
+    precision: str
+    device: str
+    warm: int
+    steps: int
+    chunk: int = 0  # of ours: train.grad_cache_chunk
+    loss_only: bool = False  # of features that are given
+
+
+# What was expected, written down on 2026-11-25 before anything was run, from operations counted by hand; factors of `published`.
+PREDICTED: dict[str, dict[str, Any]] = {
+    "resnet50 at 224 px, cpu, fp32": {
+        "pairs_per_second": {
+            "published_gathered": 1.0,
+            "published_padded": 0.7,
+            "one_pass": 1.6,
+            "cached_text": 1.3,
+            "single_losses": 1.0,
+            "strips": 1.0,
+            "no_sync": 1.0,
+            "channels_last": 1.15,
+            "cls_query": 1.03,
+            "ours": 3.3,
+        },
+        "peak_memory": {"ours at the same batch": 0.45, "ours at 1024 in one piece": 0.5, "ours at 1024, chunks": 0.02},
+    },
+    "resnet18 at 64 px, cpu, fp32": {
+        "pairs_per_second": {
+            "published_gathered": 1.0,
+            "published_padded": 0.5,
+            "one_pass": 1.05,
+            "cached_text": 4.0,
+            "single_losses": 1.0,
+            "strips": 1.0,
+            "no_sync": 1.0,
+            "channels_last": 1.0,
+            "cls_query": 1.1,
+            "ours": 10.0,
+        },
+        "peak_memory": {"ours at the same batch": 0.3, "ours at 1024 in one piece": 0.2, "ours at 1024, chunks": 0.03},
+    },
+}
+
+
+class Phases:
+    """When what began: on CUDA by events in the stream, which no one waits for, else by the clock."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def enter(self, name: str) -> None:
+        """From here on it is `name`; STEP is the beginning of a step."""
+        if name == STEP or self._marks[-1][0] != name:
+            self._marks.append((name, self._now()))
+
+    def steps(self) -> list[dict[str, float]]:
+        """Seconds of every part, step by step; what lies between STEP and the first part is "other"."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        found: list[dict[str, float]] = []
+        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if name == STEP:
+                found.append({})
+                name = "other"
+            found[-1][name] = found[-1].get(name, 0.0) + self._seconds(start, end)
+        return found
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+
+
+def watch(phases: Phases, network: nn.Module, backbone: nn.Module, text: nn.Module | None) -> None:
+    """Tell forward from backward: a part begins with its module, and with the gradient of what the module gave.
+
+    The network returns Features, or a tuple that begins with them; the loss follows it.
+    """
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: phases.enter(name)
+
+    def gave(name: str, then: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            features = output if isinstance(output, (list, Features)) else output[0]
+            for tensor in features:
+                if tensor is not None and tensor.requires_grad:
+                    tensor.register_hook(enter(name))
+            phases.enter(then)
+
+        return hook
+
+    network.register_forward_pre_hook(enter("heads"))
+    backbone.register_forward_pre_hook(enter("backbone"))
+    backbone.register_forward_hook(gave("backbone", then="heads"))
+    if text is not None:
+        text.register_forward_pre_hook(enter("text"))
+        text.register_forward_hook(enter("heads"))
+    network.register_forward_hook(gave("heads", then="loss"))
+
+
+def make_studies(job: Job, device: torch.device) -> Studies:
+    """The same for every row."""
+    generator = torch.Generator().manual_seed(world().rank)
+    images = torch.randint(256, (job.batch, 2, 1, job.size, job.size), generator=generator, dtype=torch.uint8)
+    tokens, texts = {}, {}
+    for section in SECTIONS:
+        median, spread = TOKENS[section]
+        lengths = median * torch.exp(spread * torch.randn(job.batch, 1, generator=generator))
+        lengths = lengths.round().clamp(3, LONGEST)
+        longest = LONGEST if ROWS[job.row].padded else int(lengths.max())
+        ids = torch.randint(1000, 28_000, (job.batch, longest), generator=generator)
+        tokens[section] = {
+            "input_ids": ids.to(device),
+            "attention_mask": (torch.arange(longest) < lengths).long().to(device),
+        }
+        shared = torch.randn(TEXT_WIDTH, generator=generator)  # reports are alike
+        texts[section] = (torch.randn(job.batch, TEXT_WIDTH, generator=generator) + shared).to(device)
+    return Studies(images.to(device), tokens, texts)
+
+
+def as_batch(studies: Studies) -> Batch:
+    present = torch.ones(len(studies.images), dtype=torch.bool, device=studies.images.device)
+    texts = studies.texts["findings"], studies.texts["impression"]
+    return Batch([""] * len(present), studies.images, *texts, present, present, step=0)
+
+
+def run_published(job: Job, phases: Phases) -> int:
+    """Take all steps; operations of the first one."""
+    row, device = ROWS[job.row], training_device()
+    assert row.savings is not None
+    config = our_config(job)
+    encoder = ImageEncoder(config.model, job.size)
+    # BERT-base, as Bio_ClinicalBERT is; random weights take as long
+    text = None if row.savings.cached_text else BertModel(BertConfig(), add_pooling_layer=False)
+    network = PublishedNetwork(encoder.backbone, encoder.channels, text, TEXT_WIDTH, row.savings).to(device)
+    watch(phases, network, network.backbone, network.text)
+    step = build_step(network, job.precision, gathers=row.gathers, enter=phases.enter)
+    studies = make_studies(job, device)
+    operations = 0
+    for number in range(job.warm + job.steps):
+        phases.enter(STEP)
+        with FlopCounterMode(display=False) if number == 0 else nullcontext() as counter:
+            step(studies)
+        operations = counter.get_total_flops() if counter else operations
+    phases.enter(STEP)
+    return operations
+
+
+def run_ours(job: Job, phases: Phases) -> int:
+    """The same through the loop of a real run, with batches from here."""
+    config, device, total = our_config(job), training_device(), job.warm + job.steps
+    batches, counts = as_batch(make_studies(job, device)), []
+    plan = our_plan(config, total)
+    engine = build_engine(plan.build_model(), config.train, config.optim)
+    watch(phases, engine.module, engine.module.image_encoder, None)
+
+    def step(batch: Batch) -> Any:
+        with FlopCounterMode(display=False) if batch.step == 0 else nullcontext() as counter:
+            output = plan.step(engine, batch)
+        counts.append(counter.get_total_flops() if counter else 0)
+        phases.enter("optimizer")
+        return output
+
+    def numbered() -> Iterator[Batch]:
+        for number in range(total):
+            phases.enter(STEP)
+            yield batches._replace(step=number)
+        phases.enter(STEP)
+
+    settings = LoopSettings(
+        seed=config.seed,
+        total_steps=total,
+        global_batch_size=job.batch * world().size,
+        batch_norm=plan.batch_norm,
+        skips_overflow=config.train.precision == "fp16",
+        log_every=config.train.log_every,
+        images_every=0,
+        lowest_temperature=plan.lowest_temperature,
+    )
+    calls = Calls(lambda _: False, lambda _: "go on", dict, lambda *_: None)
+    with tempfile.TemporaryDirectory() as folder:
+        console = Console(file=io.StringIO())
+        monitor = Monitor(Path(folder), start_step=0, total_steps=total, speaks=world().rank == 0, console=console)
+        train_steps(engine, numbered(), step, plan.learning_rate, monitor, settings, calls, Drain())
+        monitor.close()
+    return counts[0]
+
+
+def our_config(job: Job) -> RunConfig:
+    """The default run file with the encoder, batch and precision of the job."""
+    values = {
+        "name": "step",
+        "data": {"shards": "none: the benchmark makes its batches", "input_size": job.size, "val_split": ""},
+        "model": {"image_encoder": job.encoder},
+        "train": {
+            "micro_batch_size": job.batch,
+            "grad_cache_chunk": job.chunk,
+            "precision": job.precision,
+            "deepspeed": "zero0" if job.precision == "fp16" else "zero1",  # fp16 with BatchNorm has no other way
+        },
+    }
+    return with_operands(build_run_config(merged(values, dict(ROWS[job.row].options))))
+
+
+def our_plan(config: RunConfig, steps: int) -> Pretraining:
+    batch = config.train.studies_of(world().size)
+    horizon = Horizon(samples=batch * steps, global_batch_size=batch, steps_per_epoch=steps, total_steps=steps)
+    policy = batch_norm_policy(config.train, training_device())
+    inputs = Inputs([], "", TEXT_WIDTH, horizon, policy, nodes=1)
+    return Pretraining(
+        config=config,
+        inputs=inputs,
+        horizon=horizon,
+        batch_norm=policy,
+        nodes=1,
+        validates=False,
+        best_metric=config.train.best_metric,
+    )
+
+
+def run_loss(job: Job, phases: Phases) -> int:
+    """Forward and backward of all losses, of features that are given. No engine, and nothing gathered."""
+    device, config = training_device(), our_config(job)
+    studies, generator = make_studies(job._replace(size=1), device), torch.Generator(device).manual_seed(1)
+
+    def rows(*shape: int) -> Tensor:
+        given = torch.randn(job.batch, *shape, 512, device=device, generator=generator)
+        return normalize(given, dim=-1).requires_grad_()
+
+    features, batch = Features(rows(2), rows(2), rows(2), rows(), rows()), as_batch(studies)
+    savings = ROWS[job.row].savings
+    half = torch.autocast(device.type, torch.float16, enabled=job.precision != "fp32" and device.type == "cuda")
+    for _ in range(job.warm + job.steps):
+        phases.enter(STEP)
+        if savings is None:
+            total = imitate_loss(features, batch, config.objective).total
+        else:
+            with half:
+                total = torch.stack(published_losses(features, studies.texts, savings)).sum()
+        torch.autograd.grad(total, [side for side in features if side is not None])
+    phases.enter(STEP)
+    return 0
+
+
+def measure_here(job: Job) -> dict[str, Any]:
+    """All steps of one row in this process."""
+    init_world()
+    device = training_device()
+    before = 0
+    if device.type == "cpu":
+        forget_peak()
+        before = resident_bytes("VmRSS")
+    phases = Phases(device)
+    run = run_loss if job.loss_only else run_published if ROWS[job.row].savings is not None else run_ours
+    operations = run(job, phases)
+    steps = phases.steps()[job.warm :]
+    peak = resident_bytes("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
+    names = dict.fromkeys(name for parts in steps for name in parts)
+    return {
+        "seconds": statistics.median(sum(parts.values()) for parts in steps),
+        "parts": {name: statistics.median(parts.get(name, 0.0) for parts in steps) for name in names},
+        "peak_bytes": peak,
+        "operations": operations,
+    }
+
+
+def measure(job: Job, ranks: int, threads: int) -> dict[str, Any]:
+    """The same in fresh processes, one a rank; of rank 0. {"note": why} where it does not fit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": job.device,
+    }
+    common["OMP_NUM_THREADS"] = str(threads)
+    running = []
+    for rank in range(ranks):
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, "--job", json.dumps(job._asdict())]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, env=environment, **pipes))
+    ended = [(*process.communicate(), process.returncode) for process in running]
+    out, errors, status = ended[0]
+    if any(status for *_, status in ended):
+        if "OutOfMemoryError" in errors or status == -9:
+            return {"note": "out of memory"}
+        raise RuntimeError(f"{job}: ended with {status}\n{errors[-3000:]}")
+    return json.loads(out.splitlines()[-1])
+
+
+class Bench(NamedTuple):
+    """The settings of this run of the benchmark."""
+
+    base: Job
+    ranks: int
+    threads: int
+    end: float  # of the time there is, by time.monotonic
+
+    def run(self, row: str, **changes: Any) -> dict[str, Any]:
+        if time.monotonic() > self.end:
+            return {"note": "no time left"}
+        job = self.base._replace(row=row, **changes)
+        start = time.monotonic()
+        found = measure(job, self.ranks, self.threads)
+        said = found.get("note") or f"{found['seconds']:.3g} s a step, {found['peak_bytes'] / GIB:.2f} GiB"
+        print(f"{row} {changes or ''}: {said} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+        return found
+
+
+def measure_rows(bench: Bench, rows: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
+    """By turns, each round beginning elsewhere."""
+    runs: dict[str, list[dict]] = {row: [] for row in rows}
+    for repeat in range(repeats):
+        shift = repeat * len(rows) // repeats
+        for row in [*rows[shift:], *rows[:shift]]:
+            runs[row].append(bench.run(row))
+    found = {row: summary(several, bench) for row, several in runs.items()}
+    base = found.get("published", {})
+    for cell in found.values():
+        if "pairs_per_second" in cell and "pairs_per_second" in base:
+            cell["speedup"] = cell["pairs_per_second"] / base["pairs_per_second"]
+            cell["peak_share"] = cell["peak_bytes"] / base["peak_bytes"]
+    return found
+
+
+def summary(runs: Sequence[dict[str, Any]], bench: Bench) -> dict[str, Any]:
+    """Median over processes, and the least and the most."""
+    done = [run for run in runs if "note" not in run]
+    if not done:
+        return {"note": runs[0]["note"]}
+    studies = bench.base.batch * bench.ranks
+    seconds = [run["seconds"] for run in done]
+    parts = {name: statistics.median(run["parts"].get(name, 0.0) for run in done) for name in done[0]["parts"]}
+    peaks = [run["peak_bytes"] for run in done]
+    return {
+        "pairs_per_second": studies / statistics.median(seconds),
+        "pairs_per_second_range": [studies / max(seconds), studies / min(seconds)],
+        "peak_bytes": int(statistics.median(peaks)),
+        "peak_bytes_range": [min(peaks), max(peaks)],
+        "share_of_part": {name: value / sum(parts.values()) for name, value in parts.items()},
+        "gflop_a_study": done[0]["operations"] / bench.base.batch / 1e9,
+        "processes": len(done),
+    }
+
+
+def measure_memory(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
+    """Peaks at several batches and the straight line through them, at given.many studies; ours in chunks at more of them."""
+    chunk = given.chunk
+    in_chunks = [2 * chunk, 4 * chunk]
+    plan = {"published": (given.memory, 0), "ours": (given.memory, 0), "ours/chunks": (in_chunks, chunk)}
+    found: dict[str, Any] = {"chunk": chunk}
+    for name, (batches, parts) in plan.items():
+        row = name.partition("/")[0]
+        cells = {batch: bench.run(row, batch=batch, chunk=parts, warm=0, steps=1) for batch in batches}
+        peaks = {batch: cell["peak_bytes"] for batch, cell in cells.items() if "note" not in cell}
+        found[name] = {"peak_bytes": peaks, "notes": {b: cell["note"] for b, cell in cells.items() if "note" in cell}}
+        if len(peaks) > 1:
+            found[name]["line"] = line_through(peaks, given.many)
+    lines = {name: found[name].get("line") for name in plan}
+    if lines["published"]:
+        there = lines["published"]["bytes_there"]
+        found["share_of_published"] = {name: line["bytes_there"] / there for name, line in lines.items() if line}
+    return found
+
+
+def line_through(peaks: dict[int, int], many: int) -> dict[str, Any]:
+    """Least squares: bytes = fixed + a_study * studies."""
+    studies, values = list(peaks), list(peaks.values())
+    slope, fixed = statistics.linear_regression(studies, values)
+    misses = [abs(fixed + slope * at - value) / value for at, value in peaks.items()]
+    return {
+        "fixed_bytes": fixed,
+        "bytes_a_study": slope,
+        "largest_miss": max(misses),
+        "studies": many,
+        "bytes_there": fixed + slope * many,
+        "kind": "measured" if many in peaks else "extrapolated",
+    }
+
+
+def measure_many(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
+    """N = given.many negatives on one rank: rows in one piece, where they fit, and ours in chunks."""
+    found: dict[str, Any] = {"studies": given.many, "size": given.many_size or bench.base.size, "chunk": given.chunk}
+    once = {"batch": given.many, "size": found["size"], "warm": given.many_warm, "steps": 1}
+    for name in given.many_rows:
+        row, _, chunked = name.partition("/")
+        cell = bench.run(row, **once, chunk=given.chunk if chunked else 0)
+        if "note" not in cell:
+            cell["pairs_per_second"] = given.many / cell["seconds"]
+        found[name] = cell
+    return found
+
+
+def measure_loss(bench: Bench, studies: int) -> dict[str, Any]:
+    """All losses alone, N x N on one rank."""
+    cells = {row: bench.run(row, batch=studies, loss_only=True, warm=1, steps=3) for row in ("published", "ours")}
+    return {"studies": studies, **cells}
+
+
+def add_share_of_loss(record: dict[str, Any]) -> None:
+    """What share of a step the loss would have where N / B ranks meet, each with a step as measured here, messages left out.
+
+    Calculated: with gathered negatives, as published, every rank computes all of N x N; ours its B of N rows.
+    """
+    batch, loss = record["batch"], record["loss"]
+    for name, of_rank in {"published": 1.0, "ours": batch / loss["studies"]}.items():
+        row = record["rows"].get(name, {})
+        if "note" in loss[name] or "pairs_per_second" not in row:
+            continue
+        seconds = loss[name]["seconds"] * of_rank
+        rest = (1 - row["share_of_part"].get("loss", 0.0)) * batch / row["pairs_per_second"]
+        loss[name]["share_of_a_step_calculated"] = seconds / (seconds + rest)
+
+
+def utilisation(cell: dict[str, Any], precision: str, name: str) -> float | None:
+    """Of the peak of the device, by the operations that were counted; None where no peak is known."""
+    device = find_device(name)
+    if device is None or "note" in cell or precision not in device.tflops:
+        return None
+    return cell["gflop_a_study"] * cell["pairs_per_second"] / 1e3 / device.tflops[precision]  # type: ignore[index]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--encoder", help="of timm; resnet18 on a CPU, resnet50 on a GPU")
+    parser.add_argument("--size", type=int, help="pixels")
+    parser.add_argument("--batch", type=int, help="studies of a rank")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=TABLE, metavar="ROW")
+    parser.add_argument("--repeats", type=int, help="processes of each row")
+    parser.add_argument("--steps", type=int, help="that are timed in each process")
+    parser.add_argument("--warm", type=int, default=1, help="steps before them")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of a rank")
+    parser.add_argument("--memory", type=int, nargs="*", metavar="BATCH", help="whose peaks a line is laid through")
+    parser.add_argument("--many", type=int, default=1024, help="negatives")
+    parser.add_argument(
+        "--many-rows", nargs="*", metavar="ROW", help="rows measured at --many; ours/chunks is GradCache"
+    )
+    parser.add_argument("--many-size", type=int, help="pixels there")
+    parser.add_argument("--many-warm", type=int, default=0)
+    parser.add_argument("--chunk", type=int, help="studies that pass the encoder together there")
+    parser.add_argument("--loss", type=int, help="studies of the loss alone; 0: leave it out")
+    parser.add_argument("--minutes", type=float, help="what is not begun by then is left out")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    for name, value in defaults(given).items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    return given
+
+
+def defaults(given: argparse.Namespace) -> dict[str, Any]:
+    """By device; on a CPU as much as two cores do in twenty minutes."""
+    cores = len(os.sched_getaffinity(0))
+    if given.device == "cuda":
+        return {
+            "encoder": "resnet50",
+            "size": 224,
+            "batch": 128,
+            "precision": "bf16",
+            "repeats": 2,
+            "steps": 10,
+            "threads": max(1, cores // given.ranks),
+            "memory": [64, 128, 256],
+            "many_rows": ["published", "ours", "ours/chunks"],
+            "chunk": 128,
+            "loss": 8192,
+            "minutes": 9,
+        }
+    small = given.encoder != "resnet50"
+    return {
+        "encoder": "resnet18",
+        "size": 64 if small else 224,
+        "batch": 8,
+        "precision": "fp32",
+        "repeats": 3,
+        "steps": 2 if small else 1,
+        "threads": max(1, cores // given.ranks),
+        "memory": [16, 32, 64] if small else [2, 4, 8],
+        "many_rows": ["ours", "ours/chunks"] if small else [],
+        "chunk": 8,
+        "loss": 1024,
+        "minutes": 20,
+    }
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    header = ["step", "pairs/s", "x published", "GFLOP a study", "peak GiB", "x published"]
+    parts = list(dict.fromkeys(p for cell in record["rows"].values() for p in cell.get("share_of_part", {})))
+    lines = []
+    for name, cell in record["rows"].items():
+        if "note" in cell:
+            lines.append([ROWS[name].title, cell["note"], *[""] * (len(header) - 2 + len(parts))])
+            continue
+        figures = [f"{cell['pairs_per_second']:.3g}", f"{cell.get('speedup', math.nan):.2f}"]
+        figures += [f"{cell['gflop_a_study']:.1f}", f"{cell['peak_bytes'] / GIB:.2f}"]
+        figures += [f"{cell.get('peak_share', math.nan):.2f}"]
+        shares = [f"{cell['share_of_part'].get(part, 0):.0%}" for part in parts]
+        lines.append([ROWS[name].title, *figures, *shares])
+    print(table([*header, *parts], lines))
+
+
+def main() -> None:
+    given = parse()
+    if given.job:
+        print(json.dumps(measure_here(Job(**json.loads(given.job)))), flush=True)
+        leave_world()
+    device = torch.device(given.device)
+    base = Job("", given.encoder, given.size, given.batch, given.precision, given.device, given.warm, given.steps)
+    bench = Bench(base, given.ranks, given.threads, time.monotonic() + 60 * given.minutes)
+    setting = f"{given.encoder} at {given.size} px, {given.device}, {given.precision}"
+    record: dict[str, Any] = {
+        **provenance(),
+        "machine": machine(device) | {"threads": given.threads, "ranks": given.ranks},
+        "setting": setting,
+        "batch": given.batch,
+        "data": "left out: random bytes of the right shape, random tokens; lengths log-normal (median, deviation of the log)",
+        "tokens": TOKENS,
+        "predicted": PREDICTED.get(setting, "nothing was predicted for this setting"),
+        "titles": {name: row.title for name, row in ROWS.items()},
+    }
+    # The rows last: they take what time is left.
+    if given.memory:
+        record["memory"] = measure_memory(bench, given)
+    if given.loss:
+        record["loss"] = measure_loss(bench, given.loss)
+    record["rows"] = measure_rows(bench, given.rows, given.repeats)
+    if given.loss:
+        add_share_of_loss(record)
+    if given.device == "cuda":
+        cell = summary([bench.run("ours_vit_large", batch=64)], bench._replace(base=base._replace(batch=64)))
+        record["vit_large"] = cell | {"batch": 64}
+        cells = {**record["rows"], "ours_vit_large": cell}
+        name = device_name(device)
+        record["utilisation"] = {row: utilisation(cell, given.precision, name) for row, cell in cells.items()}
+    else:
+        record["gpu"] = "not measured"
+    print_tables(record)
+    write(given, record)
+    if given.many_rows:  # may take longest, so what is known by then is written before
+        record["many"] = measure_many(bench, given)
+        write(given, record)
+
+
+def write(given: argparse.Namespace, record: dict[str, Any]) -> None:
+    out = given.out or REPOSITORY / "benchmarks" / "results" / f"step_{given.encoder}_{given.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
