@@ -642,25 +642,20 @@ def main() -> None:
         record["memory"] = measure_memory(bench, given)
     if given.loss:
         record["loss"] = measure_loss(bench, given.loss)
+    if given.many_rows:
+        record["many"] = measure_many(bench, given)
+    if given.device == "cuda":
+        alone = bench._replace(base=base._replace(batch=64))
+        record["vit_large"] = summary([alone.run("ours_vit_large")], alone)
     record["rows"] = measure_rows(bench, given.rows, given.repeats)
     if given.loss:
         add_share_of_loss(record)
     if given.device == "cuda":
-        cell = summary([bench.run("ours_vit_large", batch=64)], bench._replace(base=base._replace(batch=64)))
-        record["vit_large"] = cell | {"batch": 64}
-        cells = {**record["rows"], "ours_vit_large": cell}
-        name = device_name(device)
+        cells, name = {**record["rows"], "ours_vit_large": record["vit_large"]}, device_name(device)
         record["utilisation"] = {row: utilisation(cell, given.precision, name) for row, cell in cells.items()}
     else:
         record["gpu"] = "not measured"
     print_tables(record)
-    write(given, record)
-    if given.many_rows:  # may take longest, so what is known by then is written before
-        record["many"] = measure_many(bench, given)
-        write(given, record)
-
-
-def write(given: argparse.Namespace, record: dict[str, Any]) -> None:
     out = given.out or REPOSITORY / "benchmarks" / "results" / f"step_{given.encoder}_{given.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
