@@ -7,10 +7,11 @@
 Data are left out: images are random bytes of the right shape, texts random tokens as long as reports are, and both lie on the
 device. `published` is benchmarks/published_step.py; the rows after it take over one of our savings each; `ours` is the
 program itself: recipe, objective, DeepSpeed engine and loop as `imitate_ds.pretrain` runs them. Every row is measured in
-fresh processes, by turns, so that a drift of the machine favours none.
+fresh processes, by turns, so that a drift of the machine favours none. On a CPU with other work beside, seconds on the wall say
+little; busy seconds are those in which the CPU worked for the step, best with --threads 1 (threads that wait are busy too).
 
 Peak memory: on CUDA what torch had allocated; on a CPU what the process grew by once everything was imported.
-Prints tables and writes benchmarks/results/step_<encoder>_<device>.json.
+Prints tables and writes benchmarks/results/step_<encoder>_<device>.json; parts that --only leaves out stay there as they are.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -99,6 +101,7 @@ ROWS = {
         },
     ),
 }
+PARTS = ("memory", "loss", "many", "vit_large", "rows")
 TABLE = [name for name in ROWS if name != "ours_vit_large"]
 
 
@@ -153,23 +156,26 @@ PREDICTED: dict[str, dict[str, Any]] = {
 
 
 class Phases:
-    """When what began: on CUDA by events in the stream, which no one waits for, else by the clock."""
+    """When what began: on CUDA by events in the stream, which no one waits for; on a CPU by the time that it worked for us."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.clock: list[float] = []  # at the beginning of every step, on the wall
         self._marks: list[tuple[str, Any]] = []
 
     def enter(self, name: str) -> None:
         """From here on it is `name`; STEP is the beginning of a step."""
         if name == STEP or self._marks[-1][0] != name:
             self._marks.append((name, self._now()))
+        if name == STEP:
+            self.clock.append(time.perf_counter())
 
     def steps(self) -> list[dict[str, float]]:
         """Seconds of every part, step by step; what lies between STEP and the first part is "other"."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         found: list[dict[str, float]] = []
-        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (name, start), (_, end) in pairwise(self._marks):
             if name == STEP:
                 found.append({})
                 name = "other"
@@ -178,7 +184,7 @@ class Phases:
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -378,8 +384,11 @@ def measure_here(job: Job) -> dict[str, Any]:
     steps = phases.steps()[job.warm :]
     peak = resident_bytes("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated()
     names = dict.fromkeys(name for parts in steps for name in parts)
+    busy = [sum(parts.values()) for parts in steps]
+    clock = [after - before for before, after in pairwise(phases.clock)][job.warm :]
     return {
-        "seconds": statistics.median(sum(parts.values()) for parts in steps),
+        "seconds": statistics.median(busy if device.type == "cuda" else clock),
+        "busy_seconds": statistics.median(busy),
         "parts": {name: statistics.median(parts.get(name, 0.0) for parts in steps) for name in names},
         "peak_bytes": peak,
         "operations": operations,
@@ -427,7 +436,10 @@ class Bench(NamedTuple):
         job = self.base._replace(row=row, **changes)
         start = time.monotonic()
         found = measure(job, self.ranks, self.threads)
-        said = found.get("note") or f"{found['seconds']:.3g} s a step, {found['peak_bytes'] / GIB:.2f} GiB"
+        said = (
+            found.get("note")
+            or f"{found['seconds']:.3g} s a step, {found['busy_seconds']:.3g} of work, {found['peak_bytes'] / GIB:.2f} GiB"
+        )
         print(f"{row} {changes or ''}: {said} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
         return found
 
@@ -444,6 +456,7 @@ def measure_rows(bench: Bench, rows: Sequence[str], repeats: int) -> dict[str, d
     for cell in found.values():
         if "pairs_per_second" in cell and "pairs_per_second" in base:
             cell["speedup"] = cell["pairs_per_second"] / base["pairs_per_second"]
+            cell["speedup_busy"] = cell["pairs_per_busy_second"] / base["pairs_per_busy_second"]
             cell["peak_share"] = cell["peak_bytes"] / base["peak_bytes"]
     return found
 
@@ -456,8 +469,10 @@ def summary(runs: Sequence[dict[str, Any]], bench: Bench) -> dict[str, Any]:
     studies = bench.base.batch * bench.ranks
     seconds = [run["seconds"] for run in done]
     parts = {name: statistics.median(run["parts"].get(name, 0.0) for run in done) for name in done[0]["parts"]}
-    peaks = [run["peak_bytes"] for run in done]
+    peaks, busy = [run["peak_bytes"] for run in done], [run["busy_seconds"] for run in done]
     return {
+        "pairs_per_busy_second": studies / statistics.median(busy),
+        "pairs_per_busy_second_range": [studies / max(busy), studies / min(busy)],
         "pairs_per_second": studies / statistics.median(seconds),
         "pairs_per_second_range": [studies / max(seconds), studies / min(seconds)],
         "peak_bytes": int(statistics.median(peaks)),
@@ -512,6 +527,7 @@ def measure_many(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
         cell = bench.run(row, **once, chunk=given.chunk if chunked else 0)
         if "note" not in cell:
             cell["pairs_per_second"] = given.many / cell["seconds"]
+            cell["pairs_per_busy_second"] = given.many / cell["busy_seconds"]
         found[name] = cell
     return found
 
@@ -522,18 +538,18 @@ def measure_loss(bench: Bench, studies: int) -> dict[str, Any]:
     return {"studies": studies, **cells}
 
 
-def add_share_of_loss(record: dict[str, Any]) -> None:
+def add_share_of_loss(rows: dict[str, Any], loss: dict[str, Any]) -> None:
     """What share of a step the loss would have where N / B ranks meet, each with a step as measured here, messages left out.
 
     Calculated: with gathered negatives, as published, every rank computes all of N x N; ours its B of N rows.
     """
-    batch, loss = record["batch"], record["loss"]
+    batch = rows["batch"]
     for name, of_rank in {"published": 1.0, "ours": batch / loss["studies"]}.items():
-        row = record["rows"].get(name, {})
+        row = rows["cells"].get(name, {})
         if "note" in loss[name] or "pairs_per_second" not in row:
             continue
-        seconds = loss[name]["seconds"] * of_rank
-        rest = (1 - row["share_of_part"].get("loss", 0.0)) * batch / row["pairs_per_second"]
+        seconds = loss[name]["busy_seconds"] * of_rank
+        rest = (1 - row["share_of_part"].get("loss", 0.0)) * batch / row["pairs_per_busy_second"]
         loss[name]["share_of_a_step_calculated"] = seconds / (seconds + rest)
 
 
@@ -566,8 +582,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--many-size", type=int, help="pixels there")
     parser.add_argument("--many-warm", type=int, default=0)
     parser.add_argument("--chunk", type=int, help="studies that pass the encoder together there")
-    parser.add_argument("--loss", type=int, help="studies of the loss alone; 0: leave it out")
+    parser.add_argument("--loss", type=int, help="studies of the loss alone")
     parser.add_argument("--minutes", type=float, help="what is not begun by then is left out")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -595,39 +612,62 @@ def defaults(given: argparse.Namespace) -> dict[str, Any]:
             "chunk": 128,
             "loss": 8192,
             "minutes": 9,
+            "only": PARTS,
         }
     small = given.encoder != "resnet50"
     return {
         "encoder": "resnet18",
         "size": 64 if small else 224,
-        "batch": 8,
+        "batch": 8 if small else 4,
         "precision": "fp32",
         "repeats": 3,
         "warm": 1,
         "steps": 2 if small else 1,
         "threads": max(1, cores // given.ranks),
         "memory": [16, 32, 64] if small else [2, 4, 8],
-        "many_rows": ["ours", "ours/chunks"] if small else [],
+        "many_rows": ["ours", "ours/chunks"] if small else ["ours/chunks"],
         "chunk": 8,
         "loss": 1024,
         "minutes": 20,
+        "only": ["memory", "loss", "many", "rows"] if small else ["memory", "loss", "rows"],
     }
 
 
-def print_tables(record: dict[str, Any]) -> None:
-    header = ["step", "pairs/s", "x published", "GFLOP a study", "peak GiB", "x published"]
-    parts = list(dict.fromkeys(p for cell in record["rows"].values() for p in cell.get("share_of_part", {})))
+def print_rows(cells: dict[str, dict[str, Any]]) -> None:
+    header = [
+        "step",
+        "pairs/s",
+        "x published",
+        "pairs/busy s",
+        "x published",
+        "GFLOP a study",
+        "peak GiB",
+        "x published",
+    ]
+    parts = list(dict.fromkeys(part for cell in cells.values() for part in cell.get("share_of_part", {})))
     lines = []
-    for name, cell in record["rows"].items():
+    for name, cell in cells.items():
         if "note" in cell:
             lines.append([ROWS[name].title, cell["note"], *[""] * (len(header) - 2 + len(parts))])
             continue
         figures = [f"{cell['pairs_per_second']:.3g}", f"{cell.get('speedup', math.nan):.2f}"]
+        figures += [f"{cell['pairs_per_busy_second']:.3g}", f"{cell.get('speedup_busy', math.nan):.2f}"]
         figures += [f"{cell['gflop_a_study']:.1f}", f"{cell['peak_bytes'] / GIB:.2f}"]
         figures += [f"{cell.get('peak_share', math.nan):.2f}"]
         shares = [f"{cell['share_of_part'].get(part, 0):.0%}" for part in parts]
         lines.append([ROWS[name].title, *figures, *shares])
     print(table([*header, *parts], lines))
+
+
+def measure_vit(bench: Bench) -> dict[str, Any]:
+    """What share of the device a large encoder without BatchNorm uses."""
+    alone = bench._replace(base=bench.base._replace(batch=64))
+    cell = summary([alone.run("ours_vit_large")], alone)
+    return {
+        "batch": 64,
+        "utilisation": utilisation(cell, bench.base.precision, device_name(torch.device("cuda"))),
+        **cell,
+    }
 
 
 def main() -> None:
@@ -639,38 +679,32 @@ def main() -> None:
     base = Job("", given.encoder, given.size, given.batch, given.precision, given.device, given.warm, given.steps)
     bench = Bench(base, given.ranks, given.threads, time.monotonic() + 60 * given.minutes)
     setting = f"{given.encoder} at {given.size} px, {given.device}, {given.precision}"
-    record: dict[str, Any] = {
-        **provenance(),
-        "machine": machine(device) | {"threads": given.threads, "ranks": given.ranks},
+    out = given.out or REPOSITORY / "benchmarks" / "results" / f"step_{given.encoder}_{given.device}.json"
+    record: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    record |= {
         "setting": setting,
-        "batch": given.batch,
         "data": "left out: random bytes of the right shape, random tokens; lengths log-normal (median, deviation of the log)",
         "tokens": TOKENS,
         "predicted": PREDICTED.get(setting, "nothing was predicted for this setting"),
+        "gpu": "measured" if given.device == "cuda" else "not measured",
         "titles": {name: row.title for name, row in ROWS.items()},
     }
-    # The rows last: they take what time is left.
-    if given.memory:
-        record["memory"] = measure_memory(bench, given)
-    if given.loss:
-        record["loss"] = measure_loss(bench, given.loss)
-    if given.many_rows:
-        record["many"] = measure_many(bench, given)
-    if given.device == "cuda":
-        alone = bench._replace(base=base._replace(batch=64))
-        record["vit_large"] = summary([alone.run("ours_vit_large")], alone)
-    record["rows"] = measure_rows(bench, given.rows, given.repeats)
-    if given.loss:
-        add_share_of_loss(record)
-    if given.device == "cuda":
-        cells, name = {**record["rows"], "ours_vit_large": record["vit_large"]}, device_name(device)
-        record["utilisation"] = {row: utilisation(cell, given.precision, name) for row, cell in cells.items()}
-    else:
-        record["gpu"] = "not measured"
-    print_tables(record)
-    out = given.out or REPOSITORY / "benchmarks" / "results" / f"step_{given.encoder}_{given.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "memory": lambda: measure_memory(bench, given),
+        "loss": lambda: measure_loss(bench, given.loss),
+        "many": lambda: measure_many(bench, given),
+        "vit_large": lambda: measure_vit(bench),
+        "rows": lambda: {"batch": given.batch, "cells": measure_rows(bench, given.rows, given.repeats)},
+    }
+    where = {"machine": machine(device) | {"threads": given.threads, "ranks": given.ranks}}
+    for name in (name for name in parts if name in given.only):  # rows last: they take what time is left
+        record[name] = {**provenance(), **where, **parts[name]()}
+        if "rows" in record and "loss" in record:
+            add_share_of_loss(record["rows"], record["loss"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    if "rows" in record:
+        print_rows(record["rows"]["cells"])
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_steps_are_measured_part_by_part(step, process_group):
         found[row] = step.measure_here(small._replace(row=row))
         parts = found[row]["parts"]
         assert {"heads", "backbone", "loss", "optimizer"} <= set(parts)
-        assert sum(parts.values()) == pytest.approx(found[row]["seconds"], rel=0.8)
+        assert 0 < found[row]["busy_seconds"] < 2 * sum(parts.values())
     assert found["published_gathered"]["parts"]["text"] > 0
     assert "text" not in found["cached_text"]["parts"]
     assert found["ours"]["operations"] < found["cached_text"]["operations"] < found["published_gathered"]["operations"]
@@ -176,12 +176,12 @@ def test_the_line_through_peaks_says_what_it_is(step):
 
 def test_the_benchmark_writes_what_it_measured(repository, tmp_path):
     out = tmp_path / "step.json"
-    settings = "--encoder resnet10t --size 32 --batch 4 --rows ours --repeats 1 --steps 1 --loss 0 --memory --many-rows"
+    settings = "--encoder resnet10t --size 32 --batch 4 --rows ours --repeats 1 --steps 1 --only rows"
     command = [sys.executable, "benchmarks/step.py", *settings.split(), "--out", str(out)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| ours, all of them |" in done.stdout
     record = json.loads(out.read_text())
     assert record["gpu"] == "not measured"
-    assert record["rows"]["ours"]["pairs_per_second"] > 0
-    assert 2**20 < record["rows"]["ours"]["peak_bytes"] < 2**31
+    assert record["rows"]["cells"]["ours"]["pairs_per_second"] > 0
+    assert 2**20 < record["rows"]["cells"]["ours"]["peak_bytes"] < 2**31
