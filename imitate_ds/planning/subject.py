@@ -76,6 +76,11 @@ def _total_steps(config: RunConfig, steps_per_epoch: int | None) -> int | None:
 
 def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
     """Trace the run's model. Its weights are neither read nor fetched. Raises ValueError as building it does."""
+    if config.text.mode == "online":
+        raise ValueError(
+            "text.mode = 'online': a text encoder in the step is not planned; ask with --set text.mode=cached and without its "
+            "other settings, and add what `imitate-ds profile` measures of the text encoder"
+        )
     batch = config.train.studies_of(machine.ranks)
     if batch < 2 * machine.ranks:
         raise ValueError(
@@ -107,7 +112,11 @@ def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
 def _model(config: RunConfig, machine: Machine, text_width: int) -> nn.Module:
     """On the meta device: shapes without numbers."""
     policy = batch_norm_policy(config.train, torch.device("cuda" if machine.on_cuda else "cpu"))
-    bare = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
+    model, train = (
+        config.model.model_copy(update={"weights": "none"}),
+        config.train.model_copy(update={"compile": ()}),
+    )
+    bare = config.model_copy(update={"model": model, "train": train})
     # SyncBatchNorm keeps what BatchNorm keeps, and runs on CUDA only: "mean" leaves the layers as they are.
     inputs = Inputs([], "", text_width, Horizon(0, 0, 0, 0), "mean", machine.nodes)
     with torch.device("meta"):
