@@ -70,6 +70,18 @@ def imitate_loss(
     return Losses(total, **terms)
 
 
+def loss_flops(config: ObjectiveConfig, *, compared: int, views: int, joint: int, text: int) -> int:
+    """Of a study that is compared with so many, forward and backward: floating-point operations of the matrix products.
+
+    joint and text are the widths D and E. A pair takes three products of D numbers a logit, itself and its gradient with respect
+    to both sides, and terms under one prior share one product of E. What strips compute twice is not counted twice.
+    """
+    weights = config.weights.model_dump()
+    pairs = {name: views - 1 if name.startswith("views") else views for name in TERMS if weights[name]}
+    priors = any(name in pairs for name in ("image_impression", "views_impression")) + ("image_findings" in pairs)
+    return compared * 2 * (3 * joint * sum(pairs.values()) + text * priors)
+
+
 class _Group(NamedTuple):
     """Pairs that are compared under the same prior, by the term that they belong to."""
 

@@ -12,9 +12,10 @@ from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig, load_run_config
 from imitate_ds.data.loader import Tokenize, TrainBatches, build_train_loader
 from imitate_ds.data.shard_plan import rank_rows
-from imitate_ds.data.transforms import TrainViews
+from imitate_ds.data.transforms import VIEWS, TrainViews
 from imitate_ds.distributed import world
 from imitate_ds.evaluation.validation import validate
+from imitate_ds.objective import loss_flops
 from imitate_ds.recipe import (
     Inputs,
     build_model,
@@ -106,6 +107,13 @@ class Pretraining(Plan):
     @cached_property
     def _views(self) -> TrainViews:
         return TrainViews(self.config.data.augment, self.config.data.input_size)
+
+    def loss_flops(self) -> float:
+        objective, compared = self.config.objective, self.horizon.global_batch_size
+        if objective.negatives.scope == "local":
+            compared //= world().size
+        joint, text = self.config.model.joint_dim, self.inputs.text_width
+        return loss_flops(objective, compared=compared, views=VIEWS, joint=joint, text=text)
 
     def learning_rate(self, step: int) -> float:
         horizon, optim = self.horizon, self.config.optim

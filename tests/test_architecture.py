@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"batch", "config", "finetune_config"},
     "heads": {"batch"},
     "objective": {"batch", "config", "distributed", "ops"},
-    "training": {"batch", "config", "distributed", "flight", "run_file"},
+    "training": {"batch", "config", "devices", "distributed", "flight", "run_file"},
     "export_folder": {"data.radiographs", "data.square"},
     "model_card": set(),
     "hub": {"batch", "config", "export_folder", "model_card", "models", "data.transforms"},

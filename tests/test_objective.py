@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from imitate_ds.batch import Batch, Features
 from imitate_ds.config import NegativesConfig, ObjectiveConfig, TemperatureConfig, TermWeights
-from imitate_ds.objective import TERMS, imitate_loss
+from imitate_ds.objective import TERMS, imitate_loss, loss_flops
 from imitate_ds.ops.contrastive import clinical_contrastive_loss
 
 STUDIES, JOINT, TEXT = 9, 6, 15
@@ -101,6 +102,23 @@ def test_settings_reach_the_loss(given):
         softened,
         softened,
     ]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        TermWeights(),
+        TermWeights(image_findings=0, views_findings=0),
+        TermWeights(image_impression=0, views_impression=0),
+        TermWeights(image_impression=0, image_findings=0, views_impression=0),
+    ],
+)
+def test_the_formula_counts_what_the_dense_form_multiplies(given, weights):
+    config = PUBLISHED.model_copy(update={"weights": weights, "backend": "dense"})
+    with FlopCounterMode(display=False) as counter:
+        imitate_loss(*given, config).total.backward()
+    formula = loss_flops(config, compared=STUDIES, views=2, joint=JOINT, text=TEXT)
+    assert counter.get_total_flops() == STUDIES * formula
 
 
 def test_global_on_one_rank_is_local(given):

@@ -87,6 +87,12 @@ def test_two_ranks_train_validate_save_export_and_evaluate(run_file, phantom_sha
         steps[0]
     )
     assert "in_batch_accuracy/findings" in steps[0]
+    counted = json.loads((folder / "counters.json").read_text())
+    assert sum(counted["flops_by_part"].values()) == counted["flops_per_study"]
+    assert set(counted["flops_by_part"]) >= {"image_encoder", "findings_branch", "loss"}
+    per_rank = steps[-1]["studies_per_second"] * counted["flops_per_study"] / 2e12
+    assert steps[-1]["tflops"] == pytest.approx(per_rank)
+    assert "mfu" not in steps[-1]  # a CPU has no peak
     validated = records(folder, "val")
     assert [r["step"] for r in validated] == [5, 10]
     assert "impression/image_to_text_R@5" in validated[0]

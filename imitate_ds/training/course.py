@@ -20,6 +20,7 @@ from imitate_ds.flight import flight
 from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
+from imitate_ds.training.counters import Counters
 from imitate_ds.training.drain import Drain
 from imitate_ds.training.engine import (
     Step,
@@ -80,6 +81,10 @@ class Plan(ABC):
     @abstractmethod
     def build_model(self) -> nn.Module:
         """With what must not train frozen."""
+
+    def loss_flops(self) -> float:
+        """Of a study, forward and backward: what of the step's products no module of the model computes."""
+        return 0.0
 
     def rate_share(self, parameter: str) -> float:
         """Of the learning rate of the step, for a parameter by name."""
@@ -168,6 +173,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     monitor.say(plan.describe() + (f", resuming at step {start_step}" if start_step else ""))
     bad_steps = BadSteps(run_dir, train.max_bad_steps, start_step=start_step)
     batches = plan.batches(start_step)
+    counters = Counters(run_dir, engine, train.precision, plan.loss_flops())
     settings = LoopSettings(
         seed=plan.config.seed,
         total_steps=horizon.total_steps,
@@ -179,9 +185,10 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
         lowest_temperature=plan.lowest_temperature,
     )
 
-    def between() -> dict[str, float]:
+    def between(rate: float) -> dict[str, float]:
         checkpoints.poll()
-        return {"bad_steps": bad_steps.count, "skipped_samples": batches.skipped.total()}
+        counts = {"bad_steps": bad_steps.count, "skipped_samples": batches.skipped.total()}
+        return counts | counters.rates(rate)
 
     def skipped(step: int, batch: Movable, output: StepOutput, taken: Step) -> None:
         at = {"step": step, "identity": plan.identity()}
@@ -206,7 +213,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
         elif had_ended:  # say again how it stands
             _validate(run, start_step)
         if stopped is None and not _waited_long_enough(run):
-            step = partial(plan.step, engine)
+            step = counters.around(partial(plan.step, engine))
             stopped = train_steps(engine, batches, step, plan.learning_rate, monitor, settings, calls, drain)
         if stopped is None:
             _finish(run)

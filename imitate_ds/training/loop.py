@@ -69,7 +69,7 @@ class Calls(NamedTuple):
     # Evaluates and saves after so many steps; whether training has gone on long enough, or the ranks, asked to end, have broken
     # the evaluation off
     pause: Callable[[int], Literal["go on", "enough", "broken off"]]
-    between: Callable[[], Mapping[str, float]]  # at every logged step; more numbers to log
+    between: Callable[[float], Mapping[str, float]]  # at every logged step, of studies per second; more numbers to log
     skipped: Callable[[int, Movable, StepOutput, Step], None]  # a step that was not applied; may raise
 
 
@@ -153,7 +153,7 @@ class _Log:
     """What is logged of a step, and what is said of it."""
 
     def __init__(
-        self, monitor: Monitor, settings: LoopSettings, clock: "_Clock", between: Callable[[], Mapping[str, float]]
+        self, monitor: Monitor, settings: LoopSettings, clock: "_Clock", between: Callable[[float], Mapping[str, float]]
     ):
         self.monitor, self.clock, self.between = monitor, clock, between
         self.watch = Watch(settings.lowest_temperature)
@@ -166,7 +166,7 @@ class _Log:
         scalars = dict(zip(names, values, strict=True))
         rate, waiting, seconds = self.clock.read()
         scalars |= {**steady, **memory_mib(training_device())}
-        scalars |= {"studies_per_second": rate, "data_wait_share": max_over_ranks(waiting), **self.between()}
+        scalars |= {"studies_per_second": rate, "data_wait_share": max_over_ranks(waiting), **self.between(rate)}
         if told is not None:
             if self._told is not None:
                 scalars |= straggler(self._told[:, 1:], told[:, 1:], seconds)

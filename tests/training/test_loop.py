@@ -75,7 +75,7 @@ def train(
         "lowest_temperature": 0.0,
     }
     settings = LoopSettings(**{**values, **settings})
-    calls = Calls(pauses_at, pauses.append, lambda: {"more": 7.0}, lambda step, *_: skipped.append(step))
+    calls = Calls(pauses_at, pauses.append, lambda rate: {"more": 7.0}, lambda step, *_: skipped.append(step))
     rate = lambda step: 0.1 * (step + 1)  # noqa: E731
     try:
         ended = train_steps(engine, batches, step_fn, rate, monitor, settings, calls, drain or Drain())
