@@ -200,8 +200,10 @@ class Finetuning(Plan):
 
     def step(self, engine: Any, batch: LabeledBatch) -> StepOutput:
         head = engine.module.head
-        sums = head.sums(engine(batch), batch)
-        losses = head.combine(_over_ranks(sums))
+        outputs = engine(batch)
+        flight.begin("loss")
+        losses = head.combine(_over_ranks(head.sums(outputs, batch)))
+        flight.begin("backward")
         engine.backward(losses["loss"])
         scalars = {name: value.detach() for name, value in losses.items()}
         return StepOutput(scalars["loss"], scalars, dict)

@@ -23,6 +23,7 @@ from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
+from imitate_ds.flight import flight
 from imitate_ds.models.encoder_parts import encoder_parts
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
@@ -209,6 +210,7 @@ def train_step(engine: Any, config: RunConfig, views: TrainViews, batch: Batch) 
     if batch.draws is not None:
         batch = batch._replace(images=views(batch.images[:, 0], batch.draws), draws=None)
     features, losses = _forward_and_backward(engine, config, batch)
+    flight.begin("between steps")
     scalars = {"loss": losses.total, **{k: v for k, v in losses._asdict().items() if k != "total"}}
     learned, constant = features.temperature, losses.total.new_full((), config.objective.temperature.init)
     scalars["temperature"] = constant if learned is None else learned.squeeze()
@@ -231,7 +233,9 @@ def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple
     if (parts := _chunks(config, batch)) > 1:
         return backward_in_chunks(engine, batch.split(parts), Features.join, loss_of)
     features = engine(batch)
+    flight.begin("loss")
     total, losses = loss_of(features)
+    flight.begin("backward")
     engine.backward(total)
     return features, losses
 

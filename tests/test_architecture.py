@@ -35,7 +35,7 @@ MAY_IMPORT = {
         "hub",
         "model_card",
     },
-    "recipe": {"batch", "config", "data", "distributed", "hub", "models", "objective", "ops", "training"},
+    "recipe": {"batch", "config", "data", "distributed", "flight", "hub", "models", "objective", "ops", "training"},
     "planning": {"batch", "config", "data", "devices", "objective", "ops", "recipe", "training"},
     "evaluation": {"batch", "flight", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
     "diagnosis": {"data", "distributed", "ops", "training"},

@@ -93,6 +93,10 @@ def test_two_ranks_train_validate_save_export_and_evaluate(run_file, phantom_sha
     per_rank = steps[-1]["studies_per_second"] * counted["flops_per_study"] / 2e12
     assert steps[-1]["tflops"] == pytest.approx(per_rank)
     assert "mfu" not in steps[-1]  # a CPU has no peak
+    assert [memory["optimizer"] > 0 for memory in counted["memory_mib"]] == [True, True]
+    shares = {name: share for name, share in steps[-1].items() if name.startswith("time/")}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0
     validated = records(folder, "val")
     assert [r["step"] for r in validated] == [5, 10]
     assert "impression/image_to_text_R@5" in validated[0]

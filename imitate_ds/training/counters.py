@@ -1,4 +1,4 @@
-"""What a step costs: its floating-point operations, told in counters.json, and what share of the device that makes.
+"""What a step costs: its floating-point operations and its memory by kind, told in counters.json.
 
 Model FLOPs, as in "PaLM: Scaling Language Modeling with Pathways" (Chowdhery et al., 2022, appendix B): forward and backward,
 matrix products and convolutions, once each: not again what checkpointing or GradCache computes again, and not the optimizer.
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from imitate_ds.devices import Precision, find_device
-from imitate_ds.distributed import training_device, world
-from imitate_ds.training.flops import Flops, count_flops
+from imitate_ds.distributed import gather_objects, training_device, world
+from imitate_ds.training.flops import count_flops
+from imitate_ds.training.held_memory import count_saved, held_bytes
 from imitate_ds.training.loop import StepOutput
 
 COUNTERS = "counters.json"
@@ -22,12 +23,14 @@ FORMAT = "imitate_ds.counters/1"
 
 
 class Counters:
-    """Counts the first step that a process takes. loss_flops: of a study, which by_part does not see (objective.loss_flops)."""
+    """Counts the first step that a process takes. loss_flops: of a study, outside the modules of the model."""
 
     def __init__(self, run_dir: Path, engine: Any, precision: Precision, loss_flops: float):
-        self.path, self.engine, self.precision, self.loss_flops = run_dir / COUNTERS, engine, precision, loss_flops
-        self.device, self.peak = device_name(), peak_flops(precision)
+        self.run_dir, self.engine, self.precision, self.loss_flops = run_dir, engine, precision, loss_flops
+        self.peak = peak_flops(precision)
         self.flops_by_part: dict[str, float] = {}
+        self.again = 0.0
+        self.memory: dict[str, float] = {}  # of this rank, MiB
         self._told = False
 
     @property
@@ -38,29 +41,25 @@ class Counters:
         """The same step, the first of which is counted."""
 
         def step(batch: Any) -> StepOutput:
-            if self.flops_by_part:
-                return step_fn(batch)
-            with count_flops(self.engine.module) as flops:
-                output = step_fn(batch)
-            self._note(flops, len(batch.keys))
-            return output
+            return step_fn(batch) if self.flops_by_part else self._counted(step_fn, batch)
 
         return step
 
     def rates(self, studies_per_second: float) -> dict[str, float]:
-        """What a rank does of it, to be logged; at the first call rank 0 writes counters.json."""
-        if not self._told and world().is_main:
-            self.path.write_text(json.dumps(self._record(), indent=1) + "\n")
-        self._told = True
+        """What a rank does of it, to be logged; the first call, a collective, adds the memory and writes counters.json."""
         per_rank = self.flops_per_study * studies_per_second / world().size
-        return {"tflops": per_rank / 1e12} | ({"mfu": per_rank / self.peak} if self.peak else {})
+        found = {"tflops": per_rank / 1e12} | ({"mfu": per_rank / self.peak} if self.peak else {})
+        if self._told:
+            return found
+        self._told = True
+        record = self.record()
+        if world().is_main:
+            (self.run_dir / COUNTERS).write_text(json.dumps(record, indent=1) + "\n")
+        return found | {f"memory_mib/{kind}": mib for kind, mib in self.memory.items()}
 
-    def _note(self, flops: Flops, studies: int) -> None:
-        self.flops_by_part = {part: count / studies for part, count in flops.by_part.items()}
-        self.flops_by_part["loss"] = self.loss_flops
-        self.again = flops.again / studies
-
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """What counters.json holds. A collective, after a whole step: optimizers make their state in the first one."""
+        self._weigh()
         parameters, trainable = parameter_counts(self.engine.module)
         return {
             "format": FORMAT,
@@ -69,10 +68,32 @@ class Counters:
             "recomputed_flops_per_study": self.again,
             "parameters": parameters,
             "trainable_parameters": trainable,
-            "device": self.device,
+            "device": device_name(),
             "precision": self.precision,
             "peak_flops": self.peak,
+            "memory_mib": gather_objects(self.memory),
         }
+
+    def _counted(self, step_fn: Callable[[Any], StepOutput], batch: Any) -> StepOutput:
+        model = self.engine.module
+        with count_flops(model) as flops, count_saved(model) as saved:
+            output = step_fn(batch)
+        studies = len(batch.keys)
+        self.flops_by_part = {part: count / studies for part, count in flops.by_part.items()}
+        self.flops_by_part["loss"] = self.loss_flops
+        self.again = flops.again / studies
+        gradients = held_bytes(self.engine, training_device())["gradients"]  # now: the optimizer lets go of them
+        self.memory = {kind: _mib(saved.most[kind]) for kind in ("activations", "loss")} | {
+            "gradients": _mib(gradients)
+        }
+        return output
+
+    def _weigh(self) -> None:
+        """What stays between steps, and on CUDA the peak of all up to now."""
+        held = held_bytes(self.engine, training_device())
+        self.memory |= {kind: _mib(held[kind]) for kind in held if kind != "gradients"}
+        if training_device().type == "cuda":
+            self.memory["peak"] = _mib(torch.cuda.max_memory_allocated())
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -90,3 +111,7 @@ def peak_flops(precision: Precision) -> float | None:
     """Of one device, by its data sheet; None where it has none, as a CPU."""
     device = find_device(device_name())
     return device.tflops[precision] * 1e12 if device and precision in device.tflops else None
+
+
+def _mib(count: float) -> float:
+    return round(count / 2**20, 3)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
 
-from imitate_ds.distributed import from_main, gather_objects, init_world, max_over_ranks, world
+from imitate_ds.distributed import from_main, gather_objects, init_world, max_over_ranks, training_device, world
 from imitate_ds.flight import flight
 from imitate_ds.run_file import dump_settings, flat_settings
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
@@ -35,6 +35,7 @@ from imitate_ds.training.identity import check_ranks_agree, check_same_run
 from imitate_ds.training.loop import Calls, LoopSettings, Movable, StepOutput, Stopped, stopped_by, train_steps
 from imitate_ds.training.monitor import Monitor
 from imitate_ds.training.run_state import read_run_state, write_run_state
+from imitate_ds.training.timeline import Timeline
 
 # Raised by ourselves at the door and in the loop; their subclasses come from libraries, and get their traceback.
 EXPECTED = {ValueError, FileNotFoundError, FileExistsError, PermissionError, OSError, FloatingPointError}
@@ -174,6 +175,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     bad_steps = BadSteps(run_dir, train.max_bad_steps, start_step=start_step)
     batches = plan.batches(start_step)
     counters = Counters(run_dir, engine, train.precision, plan.loss_flops())
+    timeline = Timeline(training_device())
     settings = LoopSettings(
         seed=plan.config.seed,
         total_steps=horizon.total_steps,
@@ -188,7 +190,7 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     def between(rate: float) -> dict[str, float]:
         checkpoints.poll()
         counts = {"bad_steps": bad_steps.count, "skipped_samples": batches.skipped.total()}
-        return counts | counters.rates(rate)
+        return counts | counters.rates(rate) | timeline.shares()
 
     def skipped(step: int, batch: Movable, output: StepOutput, taken: Step) -> None:
         at = {"step": step, "identity": plan.identity()}
@@ -214,7 +216,8 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
             _validate(run, start_step)
         if stopped is None and not _waited_long_enough(run):
             step = counters.around(partial(plan.step, engine))
-            stopped = train_steps(engine, batches, step, plan.learning_rate, monitor, settings, calls, drain)
+            with timeline:
+                stopped = train_steps(engine, batches, step, plan.learning_rate, monitor, settings, calls, drain)
         if stopped is None:
             _finish(run)
         else:

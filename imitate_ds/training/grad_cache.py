@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from imitate_ds.flight import flight
 from imitate_ds.training.engine import hold_batch_norm_statistics, one_reduction
 
 Losses = TypeVar("Losses")
@@ -51,13 +52,17 @@ def backward_in_chunks(
             cached.append(engine(chunk))
     leaves = [_mapped(Tensor.requires_grad_, _mapped(Tensor.detach, features)) for features in cached]
     whole = join(leaves)
+    flight.begin("loss")
     loss, losses = loss_of(whole)
     gradients = _gradients(loss, leaves)
     with one_reduction(engine):
         for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
             state.restore()
+            flight.begin("forward")
+            product = _inner_product(engine(chunk), gradient)
+            flight.begin("backward")
             # the whole gradient counts: chunks are parts of one batch, not batches to be averaged
-            engine.backward(_inner_product(engine(chunk), gradient), scale_wrt_gas=False)
+            engine.backward(product, scale_wrt_gas=False)
     return _mapped(Tensor.detach, whole), losses
 
 

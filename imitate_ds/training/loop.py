@@ -99,13 +99,14 @@ def train_steps(
     unsound = torch.zeros((), dtype=torch.bool, device=device)  # stays on the device between logged steps
     for batch in clock.waiting_for(batches):
         step = batch.step
-        flight.begin("forward and backward", step)
+        flight.begin("forward", step)
         seed_step(settings.seed, step)
         set_learning_rate(engine, learning_rate(step))
         statistics = batch_norm_statistics(engine.module)
         output = step_fn(batch.to(device))
         flight.begin("optimizer step")
         taken = take_step(engine)
+        flight.begin("between steps")
         done = step + 1
         clock.samples += settings.global_batch_size
         if taken.applied:

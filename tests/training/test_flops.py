@@ -10,6 +10,7 @@ from imitate_ds.distributed import init_world
 from imitate_ds.training.counters import parameter_counts
 from imitate_ds.training.engine import build_engine
 from imitate_ds.training.flops import count_flops
+from imitate_ds.training.held_memory import count_saved, held_bytes
 from tests.training.zero_worker import OPTIM, build_model, global_batch, train, train_config
 
 
@@ -68,7 +69,7 @@ def test_counting_changes_no_number_and_neither_zero_nor_chunks_change_the_count
     here = init_world()
     plain, engine = (build_engine(build_model(), train_config(stage, chunk=chunk), OPTIM) for _ in range(2))
     expected = train(plain, here.rank, here.size, range(2), chunk=chunk)
-    with count_flops(engine.module) as flops:
+    with count_flops(engine.module) as flops, count_saved(engine.module) as saved:
         losses, norms = train(engine, here.rank, here.size, range(1), chunk=chunk)
     more = train(engine, here.rank, here.size, range(1, 2), chunk=chunk)
     assert (losses + more[0], norms + more[1]) == expected
@@ -80,4 +81,12 @@ def test_counting_changes_no_number_and_neither_zero_nor_chunks_change_the_count
     assert set(flops.by_part) == {"image_encoder", "impression_head", "findings_branch", "text_projection"}
     assert flops.by_part == whole.by_part
     assert 0.3 < flops.again / sum(flops.by_part.values()) < 0.4 if chunk else flops.again == 0
-    assert parameter_counts(engine.module)[0] == sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in model.parameters())
+    assert parameter_counts(engine.module)[0] == weights
+    held = held_bytes(engine, torch.device("cpu"))
+    assert held["parameters"] == pytest.approx(4 * weights, rel=0.01)
+    assert held["optimizer"] == pytest.approx(
+        3 * 4 * weights, rel=0.01
+    )  # DeepSpeed's copy of the weights, and AdamW's two
+    assert saved.most.total() > 2**20
+    assert saved.now.total() == 0
