@@ -40,10 +40,11 @@ def pretrain(config: RunConfig, drain: Drain | None = None) -> dict[str, float]:
     Everything of the run lies in config.run_dir: config.yaml, state.json, checkpoints/, tensorboard/, metrics.jsonl, export/.
     Where a rank was asked to end (drain), all stop after the same step, with a checkpoint of it and nothing exported.
     """
-    return take_course(config, _open, drain)
+    return take_course(config, open_plan, drain)
 
 
-def _open(config: RunConfig, checkpoint: Path | None) -> "Pretraining":
+def open_plan(config: RunConfig, checkpoint: Path | None) -> "Pretraining":
+    """Raises ValueError or FileNotFoundError naming the setting. A collective."""
     config = with_operands(config)
     inputs = open_inputs(config, checkpoint)
     temperature = config.objective.temperature

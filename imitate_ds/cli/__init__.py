@@ -69,6 +69,23 @@ def replay(
 
 
 @app.command()
+def profile(
+    config: Annotated[Path, typer.Option("--config", help="Run file (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many are measured; a few more come before and after.")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", help="Unless given, OUTPUT_DIR/NAME.profile.")] = None,
+) -> None:
+    """Take a few real steps of a run file: time, operations and memory by part, in profile.html, profile.json, trace.json.gz.
+
+    For several ranks: deepspeed --module imitate_ds.profiling --config RUN.yaml
+    """
+    from imitate_ds.profiling import main as profile_main
+
+    given = ["--config", str(config), "--steps", str(steps), *(["--out", str(out)] if out else [])]
+    profile_main([*given, *(part for item in override or [] for part in ("--set", item))])
+
+
+@app.command()
 def doctor(
     shards: Annotated[
         Path | None, typer.Option("--shards", help="Also measure how fast this shard folder is read.")

@@ -28,7 +28,7 @@ def retrieval_picture(result: dict[str, Any]) -> str:
 
     directions = ("image_to_text", "text_to_image")
     panels = {way.replace("_", " "): [name for name in curves if name.endswith(way)] for way in directions}
-    return _picture({title: lambda axes, n=names: draw(axes, n) for title, names in panels.items() if names}, "R@k")
+    return picture({title: lambda axes, n=names: draw(axes, n) for title, names in panels.items() if names}, "R@k")
 
 
 def auroc_picture(result: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def auroc_picture(result: dict[str, Any]) -> str:
         axes.tick_params(axis="y", labelsize=7)
 
     panels = {f"ROC {last}".strip(): draw_rocs, f"95 % intervals {last}".strip(): draw_intervals}
-    return _picture(panels, "ROC curves and AUROC intervals") if curves and bars else ""
+    return picture(panels, "ROC curves and AUROC intervals") if curves and bars else ""
 
 
 def task_picture(result: dict[str, Any]) -> str:
@@ -87,7 +87,7 @@ def task_picture(result: dict[str, Any]) -> str:
     panels: dict[str, Callable[[Axes], None]] = {f"Precision and recall{at}": draw_precisions} if precisions else {}
     panels |= {"Calibration, ten bins": draw_calibrations} if calibrations else {}
     panels |= {name.partition("/")[2]: lambda axes, c=curves[name]: draw_dice(axes, c) for name in dices}
-    return _picture(panels, "Curves of the task")
+    return picture(panels, "Curves of the task")
 
 
 def training_picture(records: list[dict[str, Any]]) -> str:
@@ -114,14 +114,14 @@ def training_picture(records: list[dict[str, Any]]) -> str:
 
     chosen = sorted(panels, key=rank)[:MOST_CURVES]
     drawn = {name: lambda axes, lines=panels[name]: draw(axes, lines) for name in chosen}
-    return _picture(drawn, "Training curves")
+    return picture(drawn, "Training curves")
 
 
 def _style(number: int) -> dict[str, Any]:
     return {"ls": ("-", "--", ":")[number // 10 % 3], "color": f"C{number % 10}", "lw": 1.2}
 
 
-def _picture(panels: dict[str, Callable[[Axes], None]], text: str) -> str:
+def picture(panels: dict[str, Callable[[Axes], None]], text: str) -> str:
     """One picture of several panels, as an image that the page carries in itself."""
     if not panels:
         return ""

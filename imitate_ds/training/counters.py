@@ -46,9 +46,8 @@ class Counters:
         return step
 
     def rates(self, studies_per_second: float) -> dict[str, float]:
-        """What a rank does of it, to be logged; the first call, a collective, adds the memory and writes counters.json."""
-        per_rank = self.flops_per_study * studies_per_second / world().size
-        found = {"tflops": per_rank / 1e12} | ({"mfu": per_rank / self.peak} if self.peak else {})
+        """What is logged of it; the first call, a collective, adds the memory and writes counters.json."""
+        found = self.speed(studies_per_second)
         if self._told:
             return found
         self._told = True
@@ -56,6 +55,11 @@ class Counters:
         if world().is_main:
             (self.run_dir / COUNTERS).write_text(json.dumps(record, indent=1) + "\n")
         return found | {f"memory_mib/{kind}": mib for kind, mib in self.memory.items()}
+
+    def speed(self, studies_per_second: float) -> dict[str, float]:
+        """Of one rank: its model FLOPs a second, and their share of its device's peak where that is known."""
+        flops = self.flops_per_study * studies_per_second / world().size
+        return {"tflops": flops / 1e12} | ({"mfu": flops / self.peak} if self.peak else {})
 
     def record(self) -> dict[str, Any]:
         """What counters.json holds. A collective, after a whole step: optimizers make their state in the first one."""

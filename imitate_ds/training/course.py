@@ -145,9 +145,7 @@ def take_course(
         start_step = read_state(checkpoint)["step"] if checkpoint else 0
         _tell(plan, "running", start_step)
         flight.begin("building the model", start_step)
-        with sharded_build(plan.config.train):
-            model = plan.build_model()
-        engine = build_engine(model, plan.config.train, plan.config.optim, plan.rate_share)
+        engine = start_engine(plan)
         state = load_checkpoint(engine, checkpoint) if checkpoint else {"step": 0}
         if here.is_main:
             _write_atomically(config.run_dir / "config.yaml", dump_settings(plan.config))
@@ -164,6 +162,27 @@ def take_course(
         heart.stop()
 
 
+def start_engine(plan: Plan) -> Any:
+    """The model of a run in the engine that trains it. A collective."""
+    with sharded_build(plan.config.train):
+        model = plan.build_model()
+    return build_engine(model, plan.config.train, plan.config.optim, plan.rate_share)
+
+
+def loop_settings(plan: Plan) -> LoopSettings:
+    config, train = plan.config, plan.config.train
+    return LoopSettings(
+        seed=config.seed,
+        total_steps=plan.horizon.total_steps,
+        global_batch_size=plan.horizon.global_batch_size,
+        batch_norm=plan.batch_norm,
+        skips_overflow=train.precision == "fp16",
+        log_every=train.log_every,
+        images_every=train.images_every,
+        lowest_temperature=plan.lowest_temperature,
+    )
+
+
 def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict[str, float]:
     """The steps that are left after those of a checkpoint, and the end."""
     here, horizon, start_step, train = world(), plan.horizon, state["step"], plan.config.train
@@ -176,16 +195,6 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
     batches = plan.batches(start_step)
     counters = Counters(run_dir, engine, train.precision, plan.loss_flops())
     timeline = Timeline(training_device())
-    settings = LoopSettings(
-        seed=plan.config.seed,
-        total_steps=horizon.total_steps,
-        global_batch_size=horizon.global_batch_size,
-        batch_norm=plan.batch_norm,
-        skips_overflow=train.precision == "fp16",
-        log_every=train.log_every,
-        images_every=train.images_every,
-        lowest_temperature=plan.lowest_temperature,
-    )
 
     def between(rate: float) -> dict[str, float]:
         checkpoints.poll()
@@ -217,7 +226,9 @@ def _train(plan: Plan, engine: Any, state: dict[str, Any], drain: Drain) -> dict
         if stopped is None and not _waited_long_enough(run):
             step = counters.around(partial(plan.step, engine))
             with timeline:
-                stopped = train_steps(engine, batches, step, plan.learning_rate, monitor, settings, calls, drain)
+                stopped = train_steps(
+                    engine, batches, step, plan.learning_rate, monitor, loop_settings(plan), calls, drain
+                )
         if stopped is None:
             _finish(run)
         else:
