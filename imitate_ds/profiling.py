@@ -49,6 +49,8 @@ def profile(
     config: RunConfig, drain: Drain | None = None, *, steps: int = 5, out: Path | None = None
 ) -> dict[str, Any]:
     """Write profile.html, profile.json and trace.json.gz to `out`; returns what profile.json holds. A collective."""
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: must be at least 1")
     out = out or config.output_dir / f"{config.name}.profile"
     if out == config.run_dir:
         raise ValueError(f"--out {out}: is the folder of the run; name another one")
@@ -86,8 +88,13 @@ def _take_steps(config: RunConfig, steps: int, out: Path, drain: Drain) -> dict[
     with Timeline(training_device()) as timeline:
         window = _Window(timeline, range(WARM, WARM + steps))
         step = window.around(counters.around(partial(plan.step, engine)))
-        train_steps(engine, plan.batches(0), step, plan.learning_rate, monitor, loop_settings(plan), calls, drain)
+        settings = loop_settings(plan)
+        stopped = train_steps(engine, plan.batches(0), step, plan.learning_rate, monitor, settings, calls, drain)
         window.close()
+    if stopped is not None:
+        raise OSError(
+            f"stopped by {stopped.signal} on rank {stopped.rank} before all steps were taken; nothing is written"
+        )
     if world().is_main:
         window.profiler.export_chrome_trace(str(out / "trace.json.gz"))
     studies = plan.horizon.global_batch_size * steps / window.wall
