@@ -120,17 +120,18 @@ class _Window:
         self.timeline, self.measured = timeline, measured
         on_cuda = timeline.device.type == "cuda"
         self.profiler = torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])])
-        self.wall, self.spent = 0.0, dict[str, float]()
+        self.began = self.wall = 0.0
+        self.spent: dict[str, float] = {}
         self._label: record_function | None = None
 
     def around(self, step_fn: Callable[[Any], StepOutput]) -> Callable[[Any], StepOutput]:
         def step(batch: Any) -> StepOutput:
             if batch.step == self.measured.start:
                 self.timeline.read()
-                self._began = time.perf_counter()
+                self.began = time.perf_counter()
             elif batch.step == self.measured.stop:
                 self.spent = self.timeline.read()
-                self.wall = time.perf_counter() - self._began
+                self.wall = time.perf_counter() - self.began
                 self._trace()
             return step_fn(batch)
 

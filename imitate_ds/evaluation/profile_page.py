@@ -25,8 +25,9 @@ OPERATIONS = (
 )
 MEMORY = (
     "What a rank holds, a storage counted once. optimizer: its state, and the float32 weights of mixed precision. buckets: of "
-    "gradients on their way. activations and loss: the most that the first step kept for its backward pass. Not in it: what "
-    "libraries keep for themselves, and what an operator needs while it runs."
+    "gradients on their way. activations and loss: the most that the first step kept for its backward pass, with autocast's "
+    "copies of weights. Not in it: what libraries keep for themselves, and what an operator needs while it runs, as do the "
+    "strips of the loss."
 )
 
 

@@ -5,7 +5,7 @@ nobody waits for them, until a reading that comes where the host has waited anyw
 """
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 
 import torch
 
@@ -27,7 +27,8 @@ class Timeline:
     """Listens between `with` and its end. Validation, saving and whatever else is not a step's are left out."""
 
     def __init__(self, device: torch.device):
-        self.device, self.spent = device, Counter[str]()  # seconds since the last reading, by kind
+        self.device = device
+        self.spent: dict[str, float] = defaultdict(float)  # seconds since the last reading, by kind
         self._marks: deque[tuple[str, torch.cuda.Event]] = deque()  # on CUDA, those whose time is not known yet
         self._kind, self._since = "", time.perf_counter()
 
