@@ -76,6 +76,9 @@ class DataConfig(Section):
     # `shards: [{shards: shards/a}, {shards: s3://bucket/b, weight: 0.5}]`, embedded by the same text encoder.
     shards: Annotated[tuple[ShardsConfig, ...], BeforeValidator(_as_folders), Field(min_length=1)]
     train_split: str = "train"
+    share: float = Field(
+        default=1.0, gt=0, le=1
+    )  # of the training patients, drawn by `seed`; a smaller one is in a larger
     val_split: str = "val"  # "" trains without validation
     input_size: int = Field(default=224, ge=16)  # pixels the encoder sees
     workers: int = Field(default=2, ge=0)  # decoding processes per rank; 0 decodes in the training process

@@ -108,7 +108,7 @@ def test_two_ranks_train_validate_save_export_and_evaluate(run_file, phantom_sha
     # The same figures from one process, from the exported weights.
     config = load_run_config(folder / "config.yaml")
     alone = validate(OneProcess(model.model), config, [load_index(phantom_shards)])
-    assert alone == pytest.approx({k: v for k, v in validated[-1].items() if "R@" in k})
+    assert alone == pytest.approx({k: v for k, v in validated[-1].items() if "R@" in k or k == "loss"})
 
     results = evaluate_retrieval(folder / "export", phantom_shards, folder)
     assert 0 <= results["metrics"]["impression/image_to_text_R@5"]["value"] <= 1
@@ -286,6 +286,24 @@ def test_ranks_that_were_given_different_runs_are_refused_alike(run_file, phanto
         check({"train.log_every": 7})
     with pytest.raises(ValueError, match="shards = 'x' on rank 2"):
         check({"shards": "x"})
+
+
+def test_a_run_goes_on_with_the_share_of_the_data_that_it_began_with(run_file):
+    path, _ = run_file("share")
+
+    def identity_of(share):
+        config = load_run_config(path, [f"data.share={share}"])
+        return run_identity(config, open_inputs(config, None))
+
+    half, whole = identity_of(0.5), identity_of(1.0)
+    older = {
+        key: value for key, value in whole.items() if key != "data.share"
+    }  # checkpoints from before there were shares
+    identity.check_same_run(half, half, Path("step-3"))
+    identity.check_same_run(whole, older, Path("step-3"))
+    for now, then in ((half, whole), (whole, half), (half, older)):
+        with pytest.raises(ValueError, match=r"data\.share = .*: step-3 was made with"):
+            identity.check_same_run(now, then, Path("step-3"))
 
 
 def test_operands_are_settled_before_the_run_begins(run_file):

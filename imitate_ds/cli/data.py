@@ -157,6 +157,7 @@ def shards_order(
     weight: Annotated[list[float] | None, typer.Option(help="One for each DIR, as in the run file.")] = None,
     split: Annotated[str, typer.Option(help="data.train_split of the run.")] = "train",
     apart: Annotated[str, typer.Option(help="data.apart of the run: study or patient.")] = "study",
+    share: Annotated[float, typer.Option(help="data.share of the run.")] = 1.0,
     world_size: Annotated[int, typer.Option(help="Also say which rank had which samples.")] = 0,
     workers: Annotated[int, typer.Option(help="data.workers, to say which worker read them.")] = 0,
     start_step: Annotated[int, typer.Option(help="Where the run began or was resumed, to say which worker.")] = 0,
@@ -168,8 +169,8 @@ def shards_order(
     weights = weight or [1.0] * len(folders)
     if len(weights) != len(folders):
         raise ValueError(f"--weight: {len(weights)} of them for {len(folders)} folders; give one for each, or none")
-    mixture = [{"shards": folder, "weight": share} for folder, share in zip(folders, weights, strict=True)]
-    data = build_data_config({"shards": mixture, "train_split": split, "apart": apart})
+    mixture = [{"shards": folder, "weight": times} for folder, times in zip(folders, weights, strict=True)]
+    data = build_data_config({"shards": mixture, "train_split": split, "apart": apart, "share": share})
     for line in order_lines(
         data,
         seed=seed,

@@ -24,7 +24,7 @@ from imitate_ds.batch import Batch, Tokens
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.batch_buffers import BatchBuffers
 from imitate_ds.data.shard_index import ShardIndex, open_index, write_atomic
-from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan, rank_rows
+from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan, drawn_patients, rank_rows
 from imitate_ds.data.shard_reader import Sample, ShardReader
 from imitate_ds.data.shard_sample import error_rule
 from imitate_ds.data.shard_store import UnreachableError
@@ -210,13 +210,33 @@ def open_train_folders(data: DataConfig, *, check_files: bool = True) -> list[Sh
 def build_train_plan(
     data: DataConfig, folders: Sequence[ShardIndex], *, seed: int, global_batch_size: int
 ) -> ShardPlan:
-    """The order of the training split; samples of one study (or patient: data.apart) never meet in one global batch."""
+    """The order of the training split, or of a share of it (data.share).
+
+    Samples of one study (or patient: data.apart) never meet in one global batch.
+    """
     parts: list[Folder] = []
     for folder, part in zip(folders, data.shards, strict=True):
-        shards = folder.of_split(data.train_split)
-        groups = np.concatenate([shard.members.column(data.apart) for shard in shards])
-        parts.append(Folder([shard.samples for shard in shards], groups, part.weight))
+        sizes = [shard.samples for shard in folder.of_split(data.train_split)]
+        parts.append(Folder(sizes, _train_column(folder, data, data.apart), part.weight))
+    if data.share < 1:
+        parts = _drawn(parts, [_train_column(folder, data, "patient") for folder in folders], data.share, seed)
     return ShardPlan(parts, seed=seed, global_batch_size=global_batch_size)
+
+
+def _train_column(folder: ShardIndex, data: DataConfig, name: str) -> np.ndarray:
+    return np.concatenate([shard.members.column(name) for shard in folder.of_split(data.train_split)])
+
+
+def _drawn(parts: list[Folder], patients: list[np.ndarray], share: float, seed: int) -> list[Folder]:
+    """The folders with a share of the patients: one who is in two of them is drawn in both, or in neither."""
+    ends = np.cumsum([len(column) for column in patients])[:-1]
+    kept = np.split(drawn_patients(np.concatenate(patients), share, seed), ends)
+    for number, rows in enumerate(kept):
+        if not rows.any():
+            raise ValueError(
+                f"data.share = {share}: leaves data.shards[{number}] without a patient; raise it, or leave the folder out"
+            )
+    return [part.only(rows) for part, rows in zip(parts, kept, strict=True)]
 
 
 def build_train_loader(
@@ -261,7 +281,8 @@ def _check_cache(folder: ShardIndex, data: DataConfig, plan: ShardPlan) -> None:
     """A cache that holds less than this window of shards and the next would fetch every shard many times."""
     shards = folder.of_split(data.train_split)
     whole = sum(shard.bytes for shard in shards)
-    window = whole * min(1.0, plan.window_samples / max(1, sum(shard.samples for shard in shards)))
+    read = data.share * sum(shard.samples for shard in shards)  # a share lies scattered over all shards
+    window = whole * min(1.0, plan.window_samples / max(1.0, read))
     needed = (
         min(whole, 3 * window) / 2**30
     )  # the one that is read, the one that is fetched, and what lies across their ends

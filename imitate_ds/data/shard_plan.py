@@ -19,7 +19,7 @@ PLAN = 2  # version of the order: a run goes on only in the order that it began 
 WINDOW_SAMPLES = 4096  # samples that are mixed with each other, at least; eight shards of the usual size
 WINDOW_BATCHES = 8  # and at least so many global batches
 SUBSTITUTES = 16  # batches that are searched for substitutes
-DEALING, PASSES = 1, 2  # streams of random words
+DEALING, PASSES, SHARES = 1, 2, 3  # streams of random words
 
 
 class PlannedSample(NamedTuple):
@@ -34,6 +34,16 @@ class Folder(NamedTuple):
     shard_sizes: Sequence[int]
     groups: np.ndarray  # integers [samples], equal for samples that must not meet: those of one study, or one patient
     weight: float = 1.0  # passes over the folder in an epoch
+    rows: np.ndarray | None = None  # integers [samples], where in its shard a sample is; None: they follow each other
+
+    def only(self, kept: np.ndarray) -> "Folder":
+        """The same with some of its samples: kept is bool [samples], the shards one after another."""
+        sizes = [int(part.sum()) for part in np.split(kept, np.cumsum(self.shard_sizes)[:-1])]
+        return Folder(sizes, self.groups[kept], self.weight, self.places()[kept])
+
+    def places(self) -> np.ndarray:
+        """Where in its shard every sample is, [samples]."""
+        return np.concatenate([np.arange(size) for size in self.shard_sizes]) if self.rows is None else self.rows
 
 
 class ShardPlan:
@@ -55,6 +65,7 @@ class ShardPlan:
             [0, *(size for folder in folders for size in folder.shard_sizes)], dtype=np.int64
         )
         self._folder_starts = np.cumsum([0, *(part.samples for part in self._passes)], dtype=np.int64)
+        self._rows = None if all(f.rows is None for f in folders) else np.concatenate([f.places() for f in folders])
         self._groups = np.unique(np.concatenate([f.groups for f in folders]), return_inverse=True)[1].astype(np.int32)
         self.window_samples = max(window_samples, WINDOW_BATCHES * global_batch_size)
         self.steps_per_epoch = self._most_batches()
@@ -63,7 +74,7 @@ class ShardPlan:
                 f"data.shards: {self.samples} training samples of {self._groups.max(initial=-1) + 1} studies in "
                 f"{len(self._shard_starts) - 1} shards, fewer than one global batch of {global_batch_size} "
                 "(train.global_batch_size, or train.micro_batch_size x ranks) may need, for none meets itself (data.apart); "
-                "lower it, raise a weight, or build more shards with 'imitate-ds shards build'"
+                "lower it, raise a weight or data.share, or build more shards with 'imitate-ds shards build'"
             )
         self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
         self._substitutes: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -166,13 +177,25 @@ class ShardPlan:
     def _planned(self, visits: np.ndarray) -> list[PlannedSample]:
         passes, samples = np.divmod(visits, self._folder_starts[-1])
         shards = np.searchsorted(self._shard_starts, samples, side="right") - 1
-        rows = samples - self._shard_starts[shards]
+        rows = samples - self._shard_starts[shards] if self._rows is None else self._rows[samples]
         return list(map(PlannedSample, shards.tolist(), rows.tolist(), passes.tolist()))
 
 
 def rank_rows(global_batch_size: int, rank: int, world_size: int) -> range:
     """Which rows of a global batch are a rank's: shares differ by one at most, whatever the number of ranks."""
     return range(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
+
+
+def drawn_patients(patients: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Whether a sample is of one of the drawn patients, bool [samples]: a share of all patients, at least one.
+
+    By one random order of the patients, of which a share is the beginning: what 0.1 holds, 0.5 holds too.
+    """
+    names, inverse = np.unique(patients, return_inverse=True)
+    order = np.argsort(np.random.PCG64([seed, SHARES]).random_raw(len(names)), kind="stable")
+    drawn = np.zeros(len(names), dtype=bool)
+    drawn[order[: max(1, round(share * len(names)))]] = True
+    return drawn[inverse]
 
 
 class _Passes:

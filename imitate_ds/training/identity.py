@@ -46,6 +46,8 @@ FREE_SETTINGS = {
     "encoder.init",  # may move; its weights may not change
     "text.encoder",  # likewise
 }
+# Settings that older checkpoints do not name, and what those were made with.
+ADDED = {"data.share": 1.0}
 # Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
 RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
 
@@ -72,9 +74,9 @@ def check_ranks_agree(config: Section, data: dict[str, Any]) -> None:
 def check_same_run(now: dict[str, Any], then: dict[str, Any], checkpoint: Path) -> None:
     """Raise ValueError naming what has changed since the checkpoint was made."""
     for key in now:
-        if now[key] != then.get(key):
+        if now[key] != (made_with := then.get(key, ADDED.get(key))):
             raise ValueError(
-                f"{key} = {now[key]!r}: {checkpoint.name} was made with {then.get(key)!r}, and a run goes on as it "
+                f"{key} = {now[key]!r}: {checkpoint.name} was made with {made_with!r}, and a run goes on as it "
                 "began; set it back, or choose another name"
             )
 

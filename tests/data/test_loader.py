@@ -366,6 +366,34 @@ def test_order_prints_what_was_in_the_batch(built):
     assert by_rank[2] == " ".join(["3 rank 0 worker 0", *batches[3].keys[:3]])
 
 
+def test_a_share_of_the_patients_is_all_that_is_read(built):
+    index = load_index(built)
+    patient_of = {member.key: member.patient for shard in index.of_split("train") for member in shard.members}
+
+    def keys_of(share):
+        config = _config(built, share=share)
+        batches = _train(config, 2 * _steps_per_epoch(config))
+        lines = order_lines(config.data, seed=config.seed, global_batch_size=6, steps=range(len(batches)))
+        assert [line.split()[1:] for line in lines] == [sorted(batch.keys) for batch in batches]
+        return {key for batch in batches for key in batch.keys}
+
+    whole, half, quarter = keys_of(1.0), keys_of(0.5), keys_of(0.25)
+    assert quarter < half < whole
+    patients = {patient_of[key] for key in half}
+    assert len(patients) == round(0.5 * len(set(patient_of.values())))
+    assert {key for key, patient in patient_of.items() if patient in patients} == half
+
+
+def test_a_share_that_leaves_a_folder_without_patients_is_refused(built, tmp_path):
+    source = PhantomSource(2, seed=2, size=64, val_share=0.0, test_share=0.0)
+    build_shards(source, tmp_path, image_size=64, workers=0, progress=False)
+    config = _config(built, shards=[{"shards": str(built)}, {"shards": str(tmp_path)}], share=0.01)
+    with pytest.raises(
+        ValueError, match=r"data\.share = 0\.01: leaves data\.shards\[[01]\] without a patient; raise it"
+    ):
+        build_train_plan(config.data, open_train_folders(config.data), seed=3, global_batch_size=6)
+
+
 def test_too_few_samples(built):
     with pytest.raises(ValueError, match=r"data\.shards: .* fewer than one global batch of 256 .*micro_batch_size"):
         build_train_loader(_config(built, micro_batch_size=128), rank=0, world_size=2, stop_step=1)

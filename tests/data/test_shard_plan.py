@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan
+from imitate_ds.data.shard_plan import Folder, PlannedSample, ShardPlan, drawn_patients
 
 SIZES = (13, 7, 21, 1, 18)  # 60 samples
 PINNED = [[(2, 0), (2, 1), (1, 0)], [(2, 0), (0, 0), (1, 1)]]
@@ -167,6 +168,29 @@ def test_folders_are_spread_over_the_epoch():
     plan = ShardPlan(folders, seed=0, global_batch_size=10, window_samples=100)
     small = [sum(row.shard == 9 for row in plan.global_batch(step)) for step in range(100)]
     assert all(sum(small[i : i + 20]) in range(15, 26) for i in range(0, 100, 20))
+
+
+def test_a_share_is_of_patients_and_lies_within_a_larger_one():
+    patients = np.repeat(np.arange(200) * 7919, np.arange(200) % 4 + 1)  # one to four radiographs each
+    shares = (0.1, 0.25, 0.5, 1.0)
+    drawn = [drawn_patients(patients, share, seed=3) for share in shares]
+    for share, kept in zip(shares, drawn, strict=True):
+        assert len(set(patients[kept])) == round(share * 200)
+        assert not set(patients[kept]) & set(patients[~kept]), "all radiographs of a patient, or none"
+    for smaller, larger in itertools.pairwise(drawn):
+        assert not (smaller & ~larger).any()
+    assert (drawn_patients(patients, 0.5, seed=4) != drawn[2]).any()
+    assert drawn_patients(patients, 1e-9, seed=3).any(), "one patient at least"
+
+
+def test_a_plan_of_some_samples_names_them_by_their_place_in_the_shard():
+    kept = np.zeros(sum(SIZES), dtype=bool)
+    kept[[0, 12, 13, 25, 41, 42, 59]] = True
+    part = Folder(SIZES, np.arange(sum(SIZES))).only(kept)
+    plan = ShardPlan([part], seed=3, global_batch_size=3)
+    assert (plan.samples, plan.steps_per_epoch) == (7, 2)
+    seen = {place for epoch in range(9) for place in _places(_epoch(plan, epoch))}
+    assert seen == {(0, 0), (0, 12), (1, 0), (2, 5), (3, 0), (4, 0), (4, 17)}
 
 
 def test_too_few_samples_says_what_to_change():
