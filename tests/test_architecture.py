@@ -37,7 +37,18 @@ MAY_IMPORT = {
     },
     "recipe": {"batch", "config", "data", "distributed", "flight", "hub", "models", "objective", "ops", "training"},
     "planning": {"batch", "config", "data", "devices", "objective", "ops", "recipe", "training"},
-    "evaluation": {"batch", "flight", "config", "data", "distributed", "export_folder", "hub", "metrics", "run_file"},
+    "evaluation": {
+        "batch",
+        "flight",
+        "config",
+        "data",
+        "distributed",
+        "export_folder",
+        "hub",
+        "metrics",
+        "ops",
+        "run_file",
+    },
     "diagnosis": {"data", "distributed", "ops", "training"},
 }
 ENTRANCES = {

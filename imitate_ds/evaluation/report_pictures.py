@@ -97,6 +97,8 @@ def training_picture(records: list[dict[str, Any]]) -> str:
         for name, value in record.items():
             if name not in ("step", "split", "time") and isinstance(value, int | float):
                 panel, _, k = name.partition("_R@")
+                if (record["split"], name) == ("val", "loss"):  # of fewer terms than the loss of training
+                    panel = "loss between images and texts"
                 line = f"{record['split']} R@{k}" if k else record["split"]
                 steps, values = panels.setdefault(panel, {}).setdefault(line, ([], []))
                 steps.append(record["step"])

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from imitate_ds.batch import Batch, Features
-from imitate_ds.config import RunConfig
+from imitate_ds.config import ObjectiveConfig, RunConfig
 from imitate_ds.data.loader import Tokenize, build_eval_loader
 from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.distributed import gather_rows, training_device, world
 from imitate_ds.metrics import recall_at_k
+from imitate_ds.ops.contrastive import clinical_contrastive_loss
 
 KS = (1, 5, 10)
+LOSS_CHUNK = 128  # studies that are compared with each other; what target_norm `ref` refers to
 
 
 @torch.no_grad()
@@ -27,9 +29,9 @@ def validate(
     tokenize: Tokenize | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """R@1/5/10 in both directions at both levels, duplicate texts grouped. A collective; leaves the model in eval mode.
+    """R@1/5/10 in both directions at both levels, duplicate texts grouped, and image_text_loss. Leaves the model in eval mode.
 
-    engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
+    A collective. engine: called with a Batch, gives Features; its `module` is the model. A level that no study has is left out.
     batch_size: studies at once on a rank; 0: train.micro_batch_size. tokenize: for a model with a text tower, which then
     embeds every text as it is now; the embeddings in the shards only say which texts are equal. stop: asked after every
     batch, must answer alike on all ranks; where it says True, nothing is measured and None comes back.
@@ -49,8 +51,11 @@ def validate(
         tokenize=tokenize,
     )
     parts: dict[str, list[Tensor]] = {}
+    temperature: float | Tensor = config.objective.temperature.init
     for batch in loader:
-        rows = retrieval_rows(engine(batch.to(device)), batch) | {"key": key_numbers(batch.keys)}
+        features = engine(batch.to(device))
+        temperature = temperature if features.temperature is None else features.temperature.cpu()
+        rows = retrieval_rows(features, batch) | {"key": key_numbers(batch.keys)}
         for name, tensor in rows.items():
             parts.setdefault(name, []).append(gather_rows(tensor.to(device)).cpu())
         if stop():
@@ -61,7 +66,45 @@ def validate(
     for level in ("impression", "findings"):
         if f"{level}/image" in whole:
             metrics |= _recalls(level, lambda name, level=level: whole[f"{level}/{name}"][first])
-    return metrics
+    rows = {name: tensor[first] for name, tensor in whole.items()}
+    return metrics | image_text_loss(rows, config.objective, temperature)
+
+
+def image_text_loss(
+    rows: dict[str, Tensor], objective: ObjectiveConfig, temperature: float | Tensor
+) -> dict[str, float]:
+    """`loss`: the objective's terms between images and texts, one view of each image, mean over chunks of LOSS_CHUNK studies.
+
+    Whatever the batch size of a run and its number of ranks, so runs can be compared; chance is 2 log LOSS_CHUNK a term.
+    rows: of a whole split, as retrieval_rows has them, in an order that says nothing of what they show. The last studies,
+    fewer than a chunk, are left out; a smaller split is one chunk. Empty where no term has a weight.
+    """
+    weights = {"impression": objective.weights.image_impression, "findings": objective.weights.image_findings}
+    levels = {level: weight for level, weight in weights.items() if weight and f"{level}/image" in rows}
+    studies = len(rows["impression/image"])
+    size = min(LOSS_CHUNK, studies)
+    chunks = [slice(start, start + size) for start in range(0, studies - size + 1, size)]
+    losses = [
+        weight * torch.stack([_level_loss(rows, level, chunk, objective, temperature) for chunk in chunks]).mean()
+        for level, weight in levels.items()
+    ]
+    return {"loss": float(torch.stack(losses).sum())} if losses else {}
+
+
+def _level_loss(
+    rows: dict[str, Tensor], level: str, chunk: slice, objective: ObjectiveConfig, temperature: float | Tensor
+) -> Tensor:
+    image, text, prior, valid = (rows[f"{level}/{name}"][chunk] for name in ("image", "text", "prior", "valid"))
+    return clinical_contrastive_loss(
+        image.float(),
+        text.float(),
+        prior.float(),
+        temperature=temperature,
+        valid=valid,
+        prior_strength=objective.prior_strength,
+        target_norm=objective.target_norm,
+        backend="dense",
+    )
 
 
 def retrieval_rows(features: Features, batch: Batch) -> dict[str, Tensor]:
