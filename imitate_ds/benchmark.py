@@ -1,16 +1,12 @@
 """A benchmark, an entrance: every encoder tuned for every task, at every label share and seed; one table in the end.
 
-Each cell is a run of fine-tuning in a folder of its own. A benchmark that was stopped goes on where it was: cells that have
-finished are not run again, and one that has not resumes. `--prepare` writes the run files only, and a list of them for an array
-of jobs (launch/finetune.sbatch); the same command without it then makes the table.
+Each cell is a run of fine-tuning in a folder of its own; how runs are gone on with, planned_runs.py says. `--prepare` writes
+the run files only, and a list of them for an array of jobs (launch/finetune.sbatch); the same command without it then makes the
+table.
 """
 
 import os
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +17,7 @@ from imitate_ds.data.split_lists import Part, make_split_lists
 from imitate_ds.evaluate import Protocol, evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
 from imitate_ds.evaluation.benchmark_table import Entry, write_benchmark
 from imitate_ds.finetune_config import FinetuneConfig
-from imitate_ds.run_file import dump_settings
-from imitate_ds.training.run_state import read_run_state
-
-Say = Callable[[str], None]
+from imitate_ds.planned_runs import LIST, Say, first_twin, run_planned, write_list, write_run_files
 
 
 class Cell(NamedTuple):
@@ -34,14 +27,6 @@ class Cell(NamedTuple):
     share: float
     seed: int
     config: FinetuneConfig
-
-    @property
-    def path(self) -> Path:
-        """Of its run file, beside its folder."""
-        return self.beside(".yaml")
-
-    def beside(self, ending: str) -> Path:
-        return self.config.run_dir.with_name(self.config.name + ending)
 
 
 def benchmark(
@@ -55,21 +40,15 @@ def benchmark(
     config = load_benchmark_config(path, overrides)
     os.umask(0o077 if config.share == "private" else 0o027)
     cells = list(_cells(config))
-    if twice := [name for name, count in Counter(cell.config.name for cell in cells).items() if count > 1]:
-        raise ValueError(f"tasks, encoders: two cells of the table would be called {twice[0]}; rename one of them")
-    for cell in cells:
-        _write_run_file(cell)
-    (config.folder / "runs.txt").write_text("".join(f"{cell.path}\n" for cell in cells))
+    runs = [cell.config for cell in cells]
+    if twin := first_twin(runs):
+        raise ValueError(f"tasks, encoders: two cells of the table would be called {twin}; rename one of them")
+    write_run_files(runs, plan="benchmark")
+    line = write_list(runs, config.folder / LIST, "launch/finetune.sbatch")
     if prepare:
-        count, listed = len(cells), config.folder / "runs.txt"
-        say(
-            f"{count} run files, listed in {listed}: RUNS={listed} sbatch --array=0-{count - 1} ... launch/finetune.sbatch"
-        )
+        say(line)
         return []
-    with ThreadPoolExecutor(jobs) as pool:
-        places = (f"{number}/{len(cells)}" for number in range(1, len(cells) + 1))
-        well = list(pool.map(lambda cell, place: _run(cell, place, say), cells, places))
-    failed = [cell.config.name for cell, ended_well in zip(cells, well, strict=True) if not ended_well]
+    failed = list(run_planned(runs, "finetune", jobs=jobs, say=say))
     entries = [
         Entry(cell.task, cell.encoder, cell.train, cell.share, cell.seed, cell.config.run_dir)
         for cell in cells
@@ -108,32 +87,6 @@ def _lists(config: BenchmarkConfig, task: str, share: float, seed: int) -> dict[
     make_split_lists(index, data.train_split, parts, folder, seed=seed, unit=unit, among=annotated)
     lists = {"train_list": str(folder / f"{share:g}.txt")}
     return lists | ({"val_split": data.train_split, "val_list": str(folder / "val.txt")} if plan.val_share else {})
-
-
-def _write_run_file(cell: Cell) -> None:
-    """Raises ValueError where the cell was run, or begun, with other settings: its figures would stand in the wrong table."""
-    text = dump_settings(cell.config)
-    if cell.config.run_dir.is_dir() and cell.path.is_file() and cell.path.read_text() != text:
-        raise ValueError(
-            f"{cell.config.run_dir}: was run with other settings, those in {cell.path}; choose another name for the benchmark, "
-            "or delete the folder"
-        )
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
-    cell.path.write_text(text)
-
-
-def _run(cell: Cell, place: str, say: Say) -> bool:
-    """Whether the run of a cell has come to a good end, now or before."""
-    if read_run_state(cell.config.run_dir).get("state") == "finished":
-        return True
-    say(f"{place}  {cell.config.name}")
-    log = cell.beside(".log")
-    command = [sys.executable, "-m", "imitate_ds.finetune", "--config", str(cell.path), "--set", "train.resume=true"]
-    with log.open("a") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if status:
-        say(f"{place}  {cell.config.name}: failed with status {status}; see {log}")
-    return status == 0 and read_run_state(cell.config.run_dir).get("state") == "finished"
 
 
 def _evaluations(config: BenchmarkConfig, say: Say) -> dict[tuple[str, str], dict[str, Any]]:
