@@ -57,6 +57,22 @@ def benchmark(
 
 
 @app.command()
+def scale(
+    config: Annotated[Path, typer.Option("--config", help="Sweep file (YAML).")],
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once on this machine, each a process of its own.")] = 1,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Train nothing: list what is left for an array of jobs, and draw the page.")
+    ] = False,
+) -> None:
+    """Pre-train at every size that a sweep names, and fit power laws; goes on where it was stopped."""
+    from imitate_ds.scale import scale as run_sweep
+
+    failed = run_sweep(config, override, jobs=jobs, slurm=slurm, say=say)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     step: Annotated[int, typer.Option(help="Counted from 0, as in RUN/bad_steps.")],

@@ -71,7 +71,7 @@ def load_results(out: Path) -> list[dict[str, Any]]:
 def write_report(out: Path, run_dir: Path | None = None) -> Path:
     """Draw out/report.html from results.json, and from the training records of run_dir (default: out) if it has any."""
     results = load_results(out)
-    records = _training_records((run_dir or out) / RECORDS)
+    records = training_records((run_dir or out) / RECORDS)
     parts = [_task_section(result) for result in results]
     if records:
         parts.append(f"<h2>Training</h2>{training_picture(records)}")
@@ -203,7 +203,7 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _training_records(path: Path) -> list[dict[str, Any]]:
+def training_records(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line torn by a kill is left out."""
     if not path.is_file():
         return []
