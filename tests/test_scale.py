@@ -90,7 +90,7 @@ def test_every_combination_is_planned_to_its_length(sweep, tmp_path):
 def test_what_is_wrong_is_said_at_the_door(sweep):
     for changes, message in (
         ({"axes": {"encoder": ["x"]}}, r"axes\.encoder is not a setting \(did you mean encoders\?\)"),
-        ({"axes": {"shares": []}}, r"axes\.shares = \(\): must name at least one; leave the axis out"),
+        ({"axes": {"shares": []}}, r"axes\.shares = \[\]: must name at least one; leave the axis out"),
         ({"axes": {"encoders": []}}, r"axes\.encoders = \[\]: must name at least one"),
         ({"axes": {"encoders": ["resnet10t", "resnet10t"]}}, r"axes\.encoders = .*: names resnet10t twice"),
         ({"axes": {"seeds": [1, 2, 1]}}, r"axes\.seeds = .*: names 1 twice"),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from imitate_ds.evaluation.power_law import PowerLaw, fit_power_law
 from imitate_ds.evaluation.scaling_rows import ScalingRow
 
-FRONTIER = "least loss for its compute"
+FRONTIER = "best for its compute"
 
 
 class Axis(NamedTuple):

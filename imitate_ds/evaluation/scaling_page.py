@@ -110,6 +110,10 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
         if band := line.law.band(x):
             axes.fill_between(x, *band, color=colour, alpha=0.12, lw=0)
     axes.set(xscale="log", yscale="log", xlabel=lines[0].axis.label, ylabel=lines[0].measure.label)
+    if lines[0].axis.name != "flops":  # few sizes, which are numbers to read
+        sizes = sorted({round(x) for line in lines for x in _means(line)[0]})
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.tick_params(labelsize=7, which="both")
