@@ -4,6 +4,7 @@ A plan that was stopped goes on where it was: a run that has finished is not run
 fails is named, with its reason, and does not stop the others. For an array of jobs there is a list of run files.
 """
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -86,15 +87,20 @@ def _run(config: Config, entrance: Entrance, place: str, say: Say) -> str:
         ).returncode
     if status == 0 and has_finished(config):
         return ""
-    reason = _last_words(log) if status else read_run_state(config.run_dir).get("reason", "")
+    reason = _reason(config, status)
     say(f"{place}  {config.name}: failed with status {status}; see {log}: {reason}")
-    return reason or f"status {status}"
+    return reason
 
 
-def _last_words(log: Path) -> str:
-    """The last line of a log: the message of what was refused, or the end of a traceback."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip() and line != TRACEBACK_HINT]
-    return lines[-1].strip() if lines else ""
+def _reason(config: Config, status: int) -> str:
+    """The last line of the log, which is the message of what was refused or the end of a traceback, where there is no better."""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    if status == 0:  # drained
+        return read_run_state(config.run_dir).get("reason") or "ended before its last step"
+    text = log_file(config).read_text(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line != TRACEBACK_HINT]
+    return lines[-1] if lines else f"status {status}"
 
 
 def _beside(config: Config, ending: str) -> Path:

@@ -5,10 +5,11 @@ without a floor a, "Scaling Laws for Autoregressive Generative Modeling" (Henigh
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import t as student
 
@@ -49,7 +50,7 @@ class PowerLaw(NamedTuple):
         return {"form": "a + b x^-c" if self.floor else "b x^-c", **{name: getattr(self, name) for name in names}}
 
 
-def fit_power_law(x: Sequence[float], y: Sequence[float], settings: Sequence[Any]) -> PowerLaw | None:
+def fit_power_law(x: ArrayLike, y: ArrayLike, settings: Iterable[Any]) -> PowerLaw | None:
     """The law with a floor where that is worth its parameter (AICc), else without; None for too few settings.
 
     x, y > 0 of each run; settings: equal for runs that differ in their seed alone. The intervals are those of least squares
