@@ -25,7 +25,16 @@ Settings = TypeVar("Settings", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-4 as a string; people mean a number."""
+    """YAML 1.1 reads 2e-4 as a string, where people mean a number; and of a key said twice it would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        said: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in said and key.value != "<<":
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is said twice", problem_mark=key.start_mark)
+            said.add(str(key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
