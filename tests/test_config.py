@@ -8,6 +8,7 @@ from imitate_ds.benchmark_config import load_benchmark_config
 from imitate_ds.config import RunConfig, build_run_config, load_run_config
 from imitate_ds.launch import load_any_run
 from imitate_ds.run_file import dump_settings, load_yaml, setting_names
+from imitate_ds.scale_config import load_scale_config
 
 MINIMAL = {"name": "x", "data": {"shards": "shards/x"}}
 
@@ -157,7 +158,8 @@ def test_every_run_file_that_ships_is_valid(repository):
     run_files = sorted((repository / "launch" / "runs").glob("*.yaml"))
     assert len(run_files) >= 16
     for path in run_files:
-        load = load_benchmark_config if path.stem == "benchmark" else partial(load_any_run, overrides=[])
+        kinds = {"benchmark": load_benchmark_config, "scale": load_scale_config}
+        load = kinds.get(path.stem.partition("_")[0], partial(load_any_run, overrides=[]))
         assert load(path).name == path.stem
 
 

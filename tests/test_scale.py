@@ -116,8 +116,3 @@ def test_an_encoder_that_is_named_twice_is_not_lost(sweep):
     path.write_text(path.read_text() + "axes: {encoders: {a: {model: {image_encoder: resnet10t}}, a: {}}}\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml: not valid YAML: a is said twice"):
         load_scale_config(path)
-
-
-def test_shipped_sweeps_are_valid(repository):
-    for path in sorted((repository / "launch/runs").glob("scale_*.yaml")):
-        assert load_scale_config(path).name == path.stem
