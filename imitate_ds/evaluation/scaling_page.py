@@ -114,8 +114,8 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
         sizes = sorted({round(x) for line in lines for x in _means(line)[0]})
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.tick_params(labelsize=7, which="both")
     axes.legend(fontsize=6.5)
 

@@ -75,9 +75,9 @@ def image_text_loss(
 ) -> dict[str, float]:
     """`loss`: the objective's terms between images and texts, one view of each image, mean over chunks of LOSS_CHUNK studies.
 
-    Whatever the batch size of a run and its number of ranks, so runs can be compared; chance is 2 log LOSS_CHUNK a term.
-    rows: of a whole split, as retrieval_rows has them, in an order that says nothing of what they show. The last studies,
-    fewer than a chunk, are left out; a smaller split is one chunk. Empty where no term has a weight.
+    Whatever the batch size of a run and its number of ranks, so runs can be compared. Chance is 2 log LOSS_CHUNK a term, and
+    more with a prior. rows: of a whole split, as retrieval_rows has them, in an order that says nothing of what they show. The
+    last studies, fewer than a chunk, are left out; a smaller split is one chunk. Empty where no term has a weight.
     """
     weights = {"impression": objective.weights.image_impression, "findings": objective.weights.image_findings}
     levels = {level: weight for level, weight in weights.items() if weight and f"{level}/image" in rows}
