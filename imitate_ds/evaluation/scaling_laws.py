@@ -71,6 +71,7 @@ class Line(NamedTuple):
 def lines_of(rows: Sequence[ScalingRow], axis: Axis, measure: Measure) -> list[Line]:
     """A line for all that is swept besides the axis; against compute also that of the best. None where the axis is not swept.
 
+    Against compute the runs of an encoder that all took the same are points above each other, on no line but that of the best.
     A training loss grows with the batch whatever is learned, so it is not drawn against that.
     """
     if (measure.name, axis.name) == ("train_loss", "batch"):
@@ -81,11 +82,17 @@ def lines_of(rows: Sequence[ScalingRow], axis: Axis, measure: Measure) -> list[L
     groups: dict[tuple[Any, ...], list[ScalingRow]] = {}
     for row in known:
         groups.setdefault(tuple(getattr(row, name) for name in fixed), []).append(row)
-    swept = [group for group in groups.values() if len({place_of(row) for row in group}) > 1]
+    best = axis.name == "flops" and len(groups) > 1
+    swept = [group for group in groups.values() if best or _is_swept(group, axis)]
     lines = [_line(axis, measure, _named(group[0], told), group) for group in swept]
-    if axis.name == "flops" and len(groups) > 1:
+    if best:
         lines.append(_line(axis, measure, FRONTIER, _frontier(known, measure)))
     return lines
+
+
+def _is_swept(rows: Sequence[ScalingRow], axis: Axis) -> bool:
+    """Do they differ in their setting, and by it along the axis?"""
+    return len({place_of(row) for row in rows}) > 1 and len({getattr(row, axis.name) for row in rows}) > 1
 
 
 def place_of(row: ScalingRow) -> tuple[Any, ...]:
@@ -101,10 +108,13 @@ def cells(rows: Iterable[ScalingRow]) -> list[list[ScalingRow]]:
 
 
 def _frontier(rows: Sequence[ScalingRow], measure: Measure) -> list[ScalingRow]:
-    """The runs of those places whose mean over seeds no place of less compute reaches."""
+    """The runs of those places whose mean over seeds no other place reaches with as much compute or less."""
+    means = [
+        (fmean(row.flops or 0 for row in cell), fmean(measure.of(row) or 0 for row in cell), cell)
+        for cell in cells(rows)
+    ]
     best, kept = float("inf"), []
-    for cell in sorted(cells(rows), key=lambda cell: fmean(row.flops or 0 for row in cell)):
-        mean = fmean(measure.of(row) or 0 for row in cell)
+    for _, mean, cell in sorted(means, key=lambda place: place[:2]):
         if mean < best:
             best = mean
             kept += cell

@@ -102,7 +102,7 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
         if not best:
             axes.plot(line.x, line.y, "o", ms=4, alpha=0.7, color=colour, mec="none")
         if line.law is None:
-            axes.plot(*_means(line), "-", lw=0.8, color=colour, label=line.name)
+            axes.plot(*_means(line), "-" if len(set(line.x)) > 1 else "o", lw=0.8, ms=4, color=colour, label=line.name)
             continue
         x = np.geomspace(line.law.low, line.law.high, 100)
         style = {"ls": ":" if best else "-", "lw": 1.6 if best else 1.2, "color": colour}
@@ -135,10 +135,10 @@ def _formula(law: PowerLaw) -> str:
 def _law_table(lines: Sequence[Line]) -> str:
     """a + b x^-c of every line, in brackets the 95 % intervals, or why there are none."""
     body = []
-    for line in lines:
+    for line in (line for line in lines if len(set(line.x)) > 1):
         start = [escape(line.name), escape(line.axis.label), str(len(line.x))]
         if line.law is None:
-            body.append([*start, *[""] * 3, "<small>two settings give no law</small>"])
+            body.append([*start, *[""] * 3, "<small>fewer than three sizes give no law</small>"])
             continue
         given = [_with_interval(line.law, name) for name in ("floor", "scale", "exponent")]
         body.append([*start, *given, f"<small>{escape(line.law.why_no_interval)}</small>"])

@@ -83,6 +83,25 @@ def test_runs_lie_on_lines_of_their_encoder_and_the_best_on_one_of_their_own(row
     assert lines_of(rows, batch, loss) == [], "one batch size is no axis"
 
 
+def test_runs_of_one_length_lie_on_the_line_of_the_best_alone(rows):
+    """As with a budget of studies: what a smaller share of the data costs is no compute."""
+    sizes = {"small": 1.0, "large": 8.0, "huge": 30.0}
+    budget = [
+        _row("small", share, seed)._replace(
+            encoder=e, flops=1e12 * size, val_loss=5 * size**-0.2 / share**0.1 + seed / 100
+        )
+        for e, size in sizes.items()
+        for share in (0.25, 0.5, 1.0)
+        for seed in (0, 1)
+    ]
+    lines = {line.name: line for line in lines_of(budget, AXES[0], measures(budget)[0])}
+    assert [name for name, line in lines.items() if line.law] == [FRONTIER]
+    assert lines[FRONTIER].law.exponent == pytest.approx(0.2, abs=0.02)  # type: ignore[union-attr]
+    assert {row.share for row in lines[FRONTIER].rows} == {1.0}
+    assert {len(lines[name].rows) for name in sizes} == {6}
+    assert all(line.law for line in lines_of(budget, AXES[1], measures(budget)[0]))
+
+
 def test_a_failed_run_and_a_loss_that_is_not_of_all_stand_on_no_line(rows):
     failed = rows[0]._replace(state="failed", val_loss=None, reason="no such file")
     assert measures([failed, *rows[1:]])[0].name == "val_loss"
