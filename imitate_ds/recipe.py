@@ -144,10 +144,7 @@ def run_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "text encoder": inputs.text_encoder,
         "text encoder in training": inputs.online and inputs.online.fingerprint,
     }
-    found = identity(config, data)
-    if inputs.online is None:  # runs from before there was a choice go on
-        found = {key: value for key, value in found.items() if not key.startswith("text.")}
-    return found
+    return identity(config, data)
 
 
 def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from imitate_ds import load_model
-from imitate_ds.config import build_run_config, load_run_config
+from imitate_ds.config import load_run_config
 from imitate_ds.data.shards import load_index
 from imitate_ds.data.text_cache import embed_shards, fit_texts, text_info
 from imitate_ds.evaluate import evaluate_zero_shot
@@ -19,7 +19,6 @@ from imitate_ds.evaluation.embedded import duplicate_groups, embed_radiographs, 
 from imitate_ds.metrics import recall_at_k
 from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.pretrain import pretrain
-from imitate_ds.recipe import open_inputs, run_identity
 from tests.tiny_bert import save_tiny_bert
 
 STEPS = 6
@@ -115,13 +114,6 @@ def test_whole_reports_and_every_layer(train, shards):
     assert losses(frozen) == pytest.approx(losses(cached), rel=2e-3)
     every, _ = train("report_every", data=data, text={"mode": "online", "lr_share": 1.0})
     assert losses(every)[-1] < losses(every)[0]
-
-
-def test_runs_from_before_there_was_a_choice_go_on(shards):
-    config = build_run_config({"name": "x", "data": {"shards": str(shards)}, "train": {"micro_batch_size": 12}})
-    found = run_identity(config, open_inputs(config, None))
-    assert not [name for name in found if name.startswith("text.")]
-    assert found["text encoder in training"] is None  # as a key that is not there
 
 
 def test_resume_goes_on_as_the_undisturbed_run(train, online):

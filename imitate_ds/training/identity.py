@@ -47,7 +47,16 @@ FREE_SETTINGS = {
     "text.encoder",  # likewise
 }
 # Settings that older checkpoints do not name, and what those were made with.
-ADDED = {"data.share": 1.0}
+ADDED = {
+    "data.share": 1.0,
+    "model.in_chans": 3,
+    "model.freeze": [],
+    "optim.layer_decay": 1.0,
+    "text.mode": "cached",
+    "text.trainable_layers": "all",
+    "text.max_tokens": 0,
+    "text.lr_share": 0.1,
+}
 # Settings that may differ between the ranks of one run: each machine may have its own disk, and its own processors.
 RANKS_OWN = {"data.shards", "data.workers", "data.cache_dir", "data.cache_gib"}
 
