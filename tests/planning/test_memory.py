@@ -116,7 +116,7 @@ def test_more_ranks_never_need_more_at_zero_3() -> None:
 
 def test_files_that_ship_are_read_with_deepspeeds_defaults() -> None:
     first, second, offloaded = read_stage("zero1"), read_stage("zero2"), read_stage("zero3_offload")
-    assert (first.stage, first.bucket, first.overlap) == (1, 500 * MILLION, False)
+    assert (first.stage, first.bucket, first.overlap) == (1, 10 * MILLION, True)
     assert second.overlap
     assert not second.offloads_optimizer
     assert (offloaded.label, offloaded.offloads_parameters) == ("ZeRO-3 + offload", True)
