@@ -8,7 +8,8 @@ Data are left out: images are random bytes of the right shape, texts random toke
 device. `published` is benchmarks/published_step.py; the rows after it take over one of our savings each; `ours` is the
 program itself: recipe, objective, DeepSpeed engine and loop as `imitate_ds.pretrain` runs them. Every row is measured in
 fresh processes, by turns, so that a drift of the machine favours none. On a CPU with other work beside, seconds on the wall say
-little; busy seconds are those in which the CPU worked for the step, best with --threads 1 (threads that wait are busy too).
+little; busy seconds are those in which the CPU worked for the step, best with --threads 1 (threads that wait are busy too),
+and speedups are by them; on CUDA they are the same.
 
 Peak memory: on CUDA what torch had allocated; on a CPU what the process grew by once everything was imported.
 Prints tables and writes benchmarks/results/step_<encoder>_<device>.json; parts that --only leaves out stay there as they are.
@@ -455,8 +456,7 @@ def measure_rows(bench: Bench, rows: Sequence[str], repeats: int) -> dict[str, d
     base = found.get("published", {})
     for cell in found.values():
         if "pairs_per_second" in cell and "pairs_per_second" in base:
-            cell["speedup"] = cell["pairs_per_second"] / base["pairs_per_second"]
-            cell["speedup_busy"] = cell["pairs_per_busy_second"] / base["pairs_per_busy_second"]
+            cell["speedup"] = cell["pairs_per_busy_second"] / base["pairs_per_busy_second"]
             cell["peak_share"] = cell["peak_bytes"] / base["peak_bytes"]
     return found
 
@@ -650,8 +650,8 @@ def print_rows(cells: dict[str, dict[str, Any]]) -> None:
         if "note" in cell:
             lines.append([ROWS[name].title, cell["note"], *[""] * (len(header) - 2 + len(parts))])
             continue
-        figures = [f"{cell['pairs_per_second']:.3g}", f"{cell.get('speedup', math.nan):.2f}"]
-        figures += [f"{cell['pairs_per_busy_second']:.3g}", f"{cell.get('speedup_busy', math.nan):.2f}"]
+        figures = [f"{cell['pairs_per_second']:.3g}", f"{cell['pairs_per_busy_second']:.3g}"]
+        figures += [f"{cell.get('speedup', math.nan):.2f}"]
         figures += [f"{cell['gflop_a_study']:.1f}", f"{cell['peak_bytes'] / GIB:.2f}"]
         figures += [f"{cell.get('peak_share', math.nan):.2f}"]
         shares = [f"{cell['share_of_part'].get(part, 0):.0%}" for part in parts]
