@@ -306,7 +306,7 @@ def run_ours(job: Job, phases: Phases) -> int:
         images_every=0,
         lowest_temperature=plan.lowest_temperature,
     )
-    calls = Calls(lambda _: False, lambda _: "go on", dict, lambda *_: None)
+    calls = Calls(lambda _: False, lambda _: "go on", lambda _: {}, lambda *_: None)
     with tempfile.TemporaryDirectory() as folder:
         console = Console(file=io.StringIO())
         monitor = Monitor(Path(folder), start_step=0, total_steps=total, speaks=world().rank == 0, console=console)
