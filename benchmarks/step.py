@@ -637,7 +637,6 @@ def print_rows(cells: dict[str, dict[str, Any]]) -> None:
     header = [
         "step",
         "pairs/s",
-        "x published",
         "pairs/busy s",
         "x published",
         "GFLOP a study",
