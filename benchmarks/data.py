@@ -51,11 +51,12 @@ from data_peers import (
 from torch import Tensor
 
 from imitate_ds.config import RunConfig, build_run_config
-from imitate_ds.data.loader import build_train_loader, build_train_plan, open_train_folders
+from imitate_ds.data.loader import build_train_loader
 from imitate_ds.data.member_table import MEMBERS, Member, MemberTable, table_bytes
 from imitate_ds.data.shard_index import INDEX, ShardEntry, ShardIndex, build_id, file_sha256, load_index, read_at
 from imitate_ds.data.stored_images import decode_stored
 from imitate_ds.data.text_cache import TEXT_INDEX
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.data.transforms import VIEWS, TrainViews
 
 WARM_UP = 2 * WORKERS  # batches of a loader that are not counted: it starts its workers, and they open their files

@@ -120,8 +120,9 @@ def steps_of_a_rank(case: Case, steps: int) -> dict:
     from imitate_ds.distributed import init_world, world
     from imitate_ds.planning.trace import trace_step  # noqa: F401  # so that imports are the same in every process
     from imitate_ds.recipe import Inputs, build_model, train_step
+    from imitate_ds.training.batch_norm import set_training_mode
     from imitate_ds.training.course import Horizon
-    from imitate_ds.training.engine import build_engine, set_training_mode, take_step
+    from imitate_ds.training.engine import build_engine, take_step
 
     init_world()
     config = config_of(case)

@@ -51,9 +51,10 @@ from imitate_ds.objective import imitate_loss
 from imitate_ds.pretrain import Pretraining
 from imitate_ds.recipe import Inputs, with_operands
 from imitate_ds.run_file import merged
+from imitate_ds.training.batch_norm import batch_norm_policy
 from imitate_ds.training.course import Horizon
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.engine import batch_norm_policy, build_engine
+from imitate_ds.training.engine import build_engine
 from imitate_ds.training.loop import Calls, LoopSettings, train_steps
 from imitate_ds.training.monitor import Monitor
 

@@ -42,10 +42,11 @@ from imitate_ds.models.adaptation import TaskModel
 from imitate_ds.models.image_encoder import synchronise_batch_norm
 from imitate_ds.predictor import Origin, build_task_model, read_origin, save_predictor
 from imitate_ds.recipe import global_batch_size, save_memory
+from imitate_ds.training.batch_norm import average_batch_norm_statistics, batch_norm_policy
 from imitate_ds.training.checkpoint import find_best_checkpoint, load_checkpoint
 from imitate_ds.training.course import Horizon, Plan, take_course
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.engine import average_batch_norm_statistics, batch_norm_policy, full_state_dict
+from imitate_ds.training.engine import full_state_dict
 from imitate_ds.training.entrance import run_entrance
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput

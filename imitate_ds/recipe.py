@@ -17,10 +17,10 @@ from torch import Tensor
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
 from imitate_ds.config import RunConfig, TrainConfig
-from imitate_ds.data.loader import build_train_plan, open_train_folders
 from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
 from imitate_ds.flight import flight
@@ -40,15 +40,10 @@ from imitate_ds.models.text_tower import (
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
 from imitate_ds.training.activation_checkpointing import checkpoint_activations
+from imitate_ds.training.batch_norm import average_batch_norm_statistics, batch_norm_policy
 from imitate_ds.training.checkpoint import read_state
 from imitate_ds.training.course import Horizon
-from imitate_ds.training.engine import (
-    average_batch_norm_statistics,
-    batch_norm_policy,
-    full_state_dict,
-    load_deepspeed_json,
-    zero_stage,
-)
+from imitate_ds.training.engine import full_state_dict, load_deepspeed_json, zero_stage
 from imitate_ds.training.grad_cache import backward_in_chunks
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput

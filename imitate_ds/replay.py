@@ -18,9 +18,10 @@ from imitate_ds.data.loader import build_train_loader
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import gather_objects, init_world, leave_world, mean_over_ranks, training_device, world
 from imitate_ds.recipe import build_model, open_inputs, rate_share, run_identity, train_step, with_operands
+from imitate_ds.training.batch_norm import set_training_mode
 from imitate_ds.training.checkpoint import load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, verify_checkpoint
-from imitate_ds.training.engine import build_engine, set_training_mode, sharded_build, take_step
+from imitate_ds.training.engine import build_engine, sharded_build, take_step
 from imitate_ds.training.health import BAD_STEPS
 from imitate_ds.training.identity import check_same_run
 from imitate_ds.training.loop import seed_step

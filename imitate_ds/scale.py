@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from imitate_ds.config import RunConfig
-from imitate_ds.data.loader import build_train_plan, open_train_folders
 from imitate_ds.data.shard_index import ShardIndex
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.evaluate import evaluate_probe
 from imitate_ds.evaluation.scaling_page import write_scaling
 from imitate_ds.evaluation.scaling_rows import Planned, ScalingRow, probe_figure, read_row

@@ -14,7 +14,7 @@ from imitate_ds.config import build_run_config
 from imitate_ds.models.aggregation import draw_seed
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.engine import set_training_mode
+from imitate_ds.training.batch_norm import set_training_mode
 
 STUDIES, TEXT_WIDTH, SIZE = 4, 32, 32
 NAMES = {  # of ours -> of the published network

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from imitate_ds.config import DataConfig
-from imitate_ds.data.loader import build_train_plan, open_train_folders
 from imitate_ds.data.shard_plan import PlannedSample
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 
 
 def order_lines(

@@ -13,7 +13,8 @@ from imitate_ds.config import TrainConfig
 from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT, LossCost
 from imitate_ds.planning.trace import Trace, Traces
-from imitate_ds.training.engine import BATCH_NORMS, load_deepspeed_json, lowered_elements, zero_settings
+from imitate_ds.training.batch_norm import BATCH_NORMS
+from imitate_ds.training.engine import load_deepspeed_json, lowered_elements, zero_settings
 
 KINDS = (
     "parameters",

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig
-from imitate_ds.data.loader import build_train_plan, open_train_folders
 from imitate_ds.data.shard_index import INDEX
 from imitate_ds.data.shard_store import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX, text_info
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT
 from imitate_ds.planning.memory import Precision, Size, model_size, precision_of
 from imitate_ds.planning.trace import Traces, trace_pair
 from imitate_ds.recipe import Inputs, build_model
+from imitate_ds.training.batch_norm import batch_norm_policy, freeze_batch_norm, has_batch_norm, set_training_mode
 from imitate_ds.training.course import Horizon
-from imitate_ds.training.engine import batch_norm_policy, freeze_batch_norm, has_batch_norm, set_training_mode
 
 USUAL_TEXT_WIDTH = 768  # of BERT-base
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from imitate_ds.training.engine import batch_norm_statistics, restore_batch_norm_statistics
+from imitate_ds.training.batch_norm import batch_norm_statistics, restore_batch_norm_statistics
 
 
 def checkpoint_activations(parts: Iterable[nn.Module]) -> None:

@@ -18,17 +18,12 @@ from torch import nn
 from imitate_ds.distributed import from_main, gather_objects, init_world, max_over_ranks, training_device, world
 from imitate_ds.flight import flight
 from imitate_ds.run_file import dump_settings, flat_settings
+from imitate_ds.training.batch_norm import average_batch_norm_statistics, set_training_mode
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep, checkpoint_folders
 from imitate_ds.training.counters import Counters
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.engine import (
-    Step,
-    average_batch_norm_statistics,
-    build_engine,
-    set_training_mode,
-    sharded_build,
-)
+from imitate_ds.training.engine import Step, build_engine, sharded_build
 from imitate_ds.training.health import BadSteps
 from imitate_ds.training.heart import Heart
 from imitate_ds.training.identity import check_ranks_agree, check_same_run

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from imitate_ds.flight import flight
-from imitate_ds.training.engine import hold_batch_norm_statistics, one_reduction
+from imitate_ds.training.batch_norm import hold_batch_norm_statistics
+from imitate_ds.training.engine import one_reduction
 
 Losses = TypeVar("Losses")
 

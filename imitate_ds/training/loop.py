@@ -10,15 +10,9 @@ from torch import Tensor
 
 from imitate_ds.distributed import Pulse, gather_objects, max_over_ranks, mean_over_ranks, training_device, world
 from imitate_ds.flight import flight
+from imitate_ds.training.batch_norm import batch_norm_statistics, restore_batch_norm_statistics, set_training_mode
 from imitate_ds.training.drain import Drain
-from imitate_ds.training.engine import (
-    Step,
-    batch_norm_statistics,
-    restore_batch_norm_statistics,
-    set_learning_rate,
-    set_training_mode,
-    take_step,
-)
+from imitate_ds.training.engine import Step, set_learning_rate, take_step
 from imitate_ds.training.health import Watch, straggler
 from imitate_ds.training.monitor import Monitor, memory_mib
 

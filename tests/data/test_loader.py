@@ -15,18 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import RunConfig, build_run_config
-from imitate_ds.data.loader import (
-    build_eval_loader,
-    build_train_loader,
-    build_train_plan,
-    open_train_folders,
-)
+from imitate_ds.data.loader import build_eval_loader, build_train_loader
 from imitate_ds.data.shard_index import file_sha256
 from imitate_ds.data.shard_order import order_lines
 from imitate_ds.data.shard_reader import ShardReader
 from imitate_ds.data.shards import build_shards, load_index
 from imitate_ds.data.sources.phantom import PhantomSource
 from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache, text_info
+from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.data.transforms import TrainViews
 from imitate_ds.models.text_encoder import LsaEncoder
 from tests.data.hostile_server import serve

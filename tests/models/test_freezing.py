@@ -6,7 +6,8 @@ from torch import nn
 
 from imitate_ds.config import ModelConfig, OptimConfig
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
-from imitate_ds.training.engine import parameter_groups, set_training_mode
+from imitate_ds.training.batch_norm import set_training_mode
+from imitate_ds.training.engine import parameter_groups
 
 
 def encoder(name: str, *patterns: str, **settings) -> ImageEncoder:

@@ -15,9 +15,10 @@ from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.distributed import init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
+from imitate_ds.training.batch_norm import BATCH_NORMS, set_training_mode
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from imitate_ds.training.checkpoint_files import Keep
-from imitate_ds.training.engine import BATCH_NORMS, build_engine, full_state_dict, set_training_mode, take_step
+from imitate_ds.training.engine import build_engine, full_state_dict, take_step
 from tests.training.zero_worker import MODEL, OBJECTIVE, OPTIM, SIZE, STUDIES, TEXT_WIDTH, global_batch, train_config
 
 # At a rate of 1e-4 the seventh digit of a loss grows to the fourth within 30 steps, on any ranks.

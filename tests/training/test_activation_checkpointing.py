@@ -14,7 +14,7 @@ from imitate_ds.models.image_encoder import ImageEncoder
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.activation_checkpointing import checkpoint_activations
-from imitate_ds.training.engine import set_training_mode
+from imitate_ds.training.batch_norm import set_training_mode
 from imitate_ds.training.grad_cache import backward_in_chunks
 from tests.training.test_grad_cache import PlainEngine
 from tests.training.zero_worker import MODEL, SIZE, TEXT_WIDTH, global_batch

@@ -7,13 +7,8 @@ import torch
 
 from imitate_ds.config import OptimConfig, TrainConfig
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.engine import (
-    build_optimizer,
-    deepspeed_config,
-    load_deepspeed_json,
-    parameter_groups,
-    set_training_mode,
-)
+from imitate_ds.training.batch_norm import set_training_mode
+from imitate_ds.training.engine import build_optimizer, deepspeed_config, load_deepspeed_json, parameter_groups
 from tests.launching import run
 from tests.training.zero_worker import (
     OBJECTIVE,

@@ -13,7 +13,8 @@ from imitate_ds.config import ModelConfig, ObjectiveConfig, TemperatureConfig, T
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_tower import TextTower
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.engine import _check_one_reduction, hold_batch_norm_statistics, set_training_mode
+from imitate_ds.training.batch_norm import hold_batch_norm_statistics, set_training_mode
+from imitate_ds.training.engine import _check_one_reduction
 from imitate_ds.training.grad_cache import backward_in_chunks
 from tests.tiny_bert import tiny_bert
 from tests.training.zero_worker import MODEL, SIZE, TEXT_WIDTH, WORDS, batch_with_tokens, global_batch

@@ -18,9 +18,10 @@ from imitate_ds.distributed import barrier, init_world, leave_world
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_tower import TextTower
 from imitate_ds.objective import imitate_loss
+from imitate_ds.training.batch_norm import set_training_mode
 from imitate_ds.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import Keep
-from imitate_ds.training.engine import build_engine, full_state_dict, set_training_mode, take_step
+from imitate_ds.training.engine import build_engine, full_state_dict, take_step
 from imitate_ds.training.grad_cache import backward_in_chunks
 from tests.tiny_bert import tiny_bert
 
