@@ -22,6 +22,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import imitate_ds.models.cxr_bert  # noqa: F401  # makes it known
 from imitate_ds.batch import is_missing
 
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
@@ -124,13 +125,18 @@ class HuggingFaceEncoder:
     ) -> "HuggingFaceEncoder":
         """Load from a local folder, the local cache, or the hub; onto the CUDA device where there is one.
 
-        weights: the model's, instead of those found there. Raises FileNotFoundError where it is in none of them, ValueError
-        where its vocabulary is missing.
+        weights: the model's, instead of those found there. Code that lies beside them is never run. Raises FileNotFoundError
+        where it is in none of them, ValueError where it is not whole, or nothing without its own code.
         """
+        own_code = {"trust_remote_code": False}  # else transformers asks at the keyboard, of every rank
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-            model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **own_code)
+            model, found = AutoModel.from_pretrained(
+                name_or_folder, dtype=torch.float32, output_loading_info=True, **own_code
+            )
         except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer, or of an unknown model type
+            if "trust_remote_code" in str(error):
+                raise ValueError(_wants_own_code(name_or_folder)) from None
             raise FileNotFoundError(_how_to_get(name_or_folder)) from error
         except SafetensorError as error:
             raise ValueError(f"text encoder = {name_or_folder!r}: damaged weights ({error}); copy it again") from error
@@ -141,8 +147,15 @@ class HuggingFaceEncoder:
                 f"text encoder = {name_or_folder!r}: its tokenizer knows {len(tokenizer)} tokens, its model "
                 f"{model.config.vocab_size}; the folder lacks tokenizer.json or vocab.txt"
             )
+        missing = set(found["missing_keys"])
+        _drop_pooler(model, missing)
         if weights is not None:
             model.load_state_dict(weights)
+        elif lacking := sorted(name for name in missing if not name.startswith("pooler.")):
+            raise ValueError(
+                f"text encoder = {name_or_folder!r}: {len(lacking)} weights are missing, {lacking[0]} among them; copy or "
+                "download it again"
+            )
         return cls(model.to(_device()), tokenizer, max_tokens)
 
     @property
@@ -239,6 +252,12 @@ def _describe(folder: Path, values: dict[str, Any]) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
+def _drop_pooler(model: PreTrainedModel, missing: set[str]) -> None:
+    """What transformers made up where the weights have none: nothing reads it, and its fingerprint would change each time."""
+    if any(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+
+
 def _device() -> torch.device:
     wanted = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "") != "cpu"
     return torch.device("cuda" if wanted else "cpu")
@@ -249,4 +268,11 @@ def _how_to_get(name: str) -> str:
         f"text encoder = {name!r}: not a folder with a Hugging Face model and tokenizer, and the hub has no such model "
         f"or cannot be reached; where there is a network run 'hf download {name} --local-dir DIR' and pass DIR, or use "
         "'lsa', which needs no download"
+    )
+
+
+def _wants_own_code(name: str) -> str:
+    return (
+        f"text encoder = {name!r}: runs only with Python code that lies in its repository, which this program never "
+        "executes; use an encoder that transformers knows itself (BERT and its kind, CXR-BERT among them)"
     )

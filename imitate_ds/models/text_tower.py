@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from imitate_ds.batch import Tokens
@@ -33,7 +33,7 @@ class TextTower(nn.Module):
         self.width: int = model.config.hidden_size
         self._pad = getattr(model.config, "pad_token_id", None) or 0
         # Several texts in a row want a model that takes positions as they are, and a mask by pairs of tokens.
-        self._packs = model.config.model_type == "bert" and model.config._attn_implementation == "sdpa"
+        self._packs = isinstance(model, BertModel) and model.config._attn_implementation == "sdpa"
         self._learns = _learning_modules(model, trainable_layers)
         of_vector = _parameters_of_vector(model)
         learning = {id(parameter) for module in self._learns for parameter in module.parameters()}

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from imitate_ds.models.text_encoder import DESCRIPTION, HuggingFaceEncoder, LsaEncoder, load_text_encoder
+from imitate_ds.models.text_tower import TextTower
 from tests.tiny_bert import save_tiny_bert
 
 REPORTS = [
@@ -124,6 +125,65 @@ def test_fingerprint_changes_with_weights_and_with_settings(bert, tmp_path):
     assert len(prints) == 3
     assert all(len(text) == 16 for text in prints)
     assert load_text_encoder(str(bert)).fingerprint == encoder.fingerprint
+
+
+def test_weights_without_a_pooler_are_the_same_encoder_every_time(bert, tmp_path):
+    """As those of a masked language model are: what transformers makes up for it is random, and read by nothing."""
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"})
+    encoder = load_text_encoder(str(folder))
+    assert load_text_encoder(str(folder)).fingerprint == encoder.fingerprint
+    encoder.save(tmp_path / "saved")
+    assert load_text_encoder(str(tmp_path / "saved")).fingerprint == encoder.fingerprint
+    assert torch.equal(encoder.encode(REPORTS), load_text_encoder(str(bert)).encode(REPORTS))
+
+
+def test_weights_that_lack_a_layer_are_refused(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if ".layer.1." not in n}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"16 weights are missing, encoder\.layer\.1\..* download it again"):
+        load_text_encoder(str(folder))
+
+
+def with_own_code(bert: Path, folder: Path, name: str) -> Path:
+    """The folder that needs code beside it: classes of its own, which end the process when anyone imports them."""
+    shutil.copytree(bert, folder)
+    classes = {"AutoConfig": f"code_of.{name}Config", "AutoModel": f"code_of.{name}Model"}
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"model_type": {"CXRBert": "cxr-bert"}.get(name, name), "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "code_of.py").write_text("raise SystemExit('code of others was run')")
+    weights = {f"bert.{n}": w for n, w in load_file(bert / "model.safetensors").items() if "pooler" not in n}
+    weights["cls_projection_head.dense_to_hidden.weight"] = torch.zeros(4, 32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = {
+        "tokenizer_class": f"{name}Tokenizer",
+        "auto_map": {"AutoTokenizer": [f"code_of.{name}Tokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_cxr_bert_is_read_without_its_code(bert, tmp_path):
+    folder = with_own_code(bert, tmp_path / "cxr_bert", "CXRBert")
+    encoder = load_text_encoder(str(folder))
+    assert isinstance(encoder, HuggingFaceEncoder)
+    assert torch.equal(encoder.encode(REPORTS), load_text_encoder(str(bert)).encode(REPORTS))
+    encoder.save(tmp_path / "saved")
+    assert load_text_encoder(str(tmp_path / "saved")).fingerprint == encoder.fingerprint
+    assert TextTower(encoder.model, 1).width == 32  # it learns as BERT does
+
+
+def test_code_of_others_is_never_run(bert, tmp_path):
+    folder = with_own_code(bert, tmp_path / "stranger", "Stranger")
+    with pytest.raises(ValueError, match="never executes; use an encoder that transformers knows"):
+        load_text_encoder(str(folder))
 
 
 def test_an_encoder_that_is_nowhere_says_how_to_get_it(tmp_path, monkeypatch):
