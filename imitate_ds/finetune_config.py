@@ -139,6 +139,8 @@ class FinetuneConfig(Section):
             )
         if self.train.compile:
             raise ValueError(f"train.compile = {list(self.train.compile)}: is for contrastive pre-training; must be []")
+        if self.train.fp8:
+            raise ValueError("train.fp8 = True: is for contrastive pre-training; must be false")
         if self.optim.layer_decay < 1:
             raise ValueError(
                 f"optim.layer_decay = {self.optim.layer_decay}: is for pre-training; must be 1 here, where encoder.layer_decay "

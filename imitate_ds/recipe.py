@@ -25,6 +25,7 @@ from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
 from imitate_ds.flight import flight
 from imitate_ds.models.encoder_parts import encoder_parts
+from imitate_ds.models.float8 import use_float8
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.layer_rates import layer_rates
@@ -162,10 +163,17 @@ def save_memory(encoder: ImageEncoder, train: TrainConfig) -> None:
 
 
 def _save_time(model: ImitateModel, train: TrainConfig) -> None:
-    """train.compile."""
+    """train.fp8 and train.compile."""
+    at_zero_3 = zero_stage(load_deepspeed_json(train.deepspeed)) == 3
+    if train.fp8:
+        if at_zero_3:
+            raise ValueError(
+                "train.fp8 = True: has not been tried at ZeRO-3; use train.deepspeed: zero2, or train.fp8: false"
+            )
+        use_float8(model.image_encoder.backbone, training_device())
     if not train.compile:
         return
-    if zero_stage(load_deepspeed_json(train.deepspeed)) == 3:
+    if at_zero_3:
         raise ValueError(
             f"train.compile = {list(train.compile)}: at ZeRO-3 DeepSpeed brings weights together in hooks that torch.compile "
             "cannot follow; use train.deepspeed: zero2, or set train.compile: []"

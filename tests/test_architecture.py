@@ -85,6 +85,7 @@ ONLY_IN = {
     "safetensors": {"hub", "predictor", "data.text_cache", "models", "training.tensor_files"},
     "huggingface_hub": {"export_folder", "models"},
     "segmentation_models_pytorch": {"heads"},
+    "torchao": {"models.float8"},
     "pickle": set(),
 }
 

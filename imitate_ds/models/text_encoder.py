@@ -255,7 +255,7 @@ def _describe(folder: Path, values: dict[str, Any]) -> None:
 def _drop_pooler(model: PreTrainedModel, missing: set[str]) -> None:
     """What transformers made up where the weights have none: nothing reads it, and its fingerprint would change each time."""
     if any(name.startswith("pooler.") for name in missing):
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]  # as add_pooling_layer=False has it
 
 
 def _device() -> torch.device:

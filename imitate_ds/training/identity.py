@@ -51,6 +51,7 @@ ADDED = {
     "data.share": 1.0,
     "model.in_chans": 3,
     "model.freeze": [],
+    "train.fp8": False,
     "optim.layer_decay": 1.0,
     "text.mode": "cached",
     "text.trainable_layers": "all",
