@@ -26,6 +26,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _group: dist.ProcessGroup | None = None
 _control: dist.ProcessGroup | None = None  # gloo, so that numbers of the host cost the device no wait
+_at_end: list[Callable[[], None]] = []
 _nodes: dict[dist.ProcessGroup | None, int] = {}
 
 
@@ -158,6 +159,11 @@ def _first_of(*names: str) -> str:
     return next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "")
 
 
+def at_end(do: Callable[[], None]) -> None:
+    """Do this in leave_world, where Python's own atexit is passed over."""
+    _at_end.append(do)
+
+
 def leave_world(status: int = 0) -> NoReturn:
     """End this process in an orderly way, all ranks together.
 
@@ -167,6 +173,8 @@ def leave_world(status: int = 0) -> NoReturn:
     if dist.is_initialized() and status == 0:
         dist.barrier()
         dist.destroy_process_group()
+    for do in _at_end:
+        do()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -19,14 +19,15 @@ from imitate_ds.config import OptimConfig, TrainConfig
 from imitate_ds.distributed import training_device, use_group, world
 from imitate_ds.run_file import NO_ACCUMULATION
 from imitate_ds.training.batch_norm import batch_norm_policy, freeze_batch_norm, has_batch_norm
+from imitate_ds.training.local_disk import folder_of_process
 from imitate_ds.training.sharded_build import ShardedBuild, join, share_of
 
 # Kernels that DeepSpeed compiles lie on a node-local disk, one folder per version: a stale lock on a shared one hangs
 # every rank for ever, and so does one that a killed compilation left here. Set before the import reads it.
-_KERNELS = Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version('torch')}-{version('deepspeed')}"
+KERNELS = Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version('torch')}-{version('deepspeed')}"
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(_KERNELS)
-    for _lock in _KERNELS.glob("**/lock"):
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(KERNELS)
+    for _lock in KERNELS.glob("**/lock"):
         if time.time() - _lock.stat().st_mtime > 15 * 60:  # no compilation takes that long
             shutil.rmtree(_lock.parent, ignore_errors=True)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -76,11 +77,10 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
             f"train.deepspeed = {name!r}: {unknown[0]} is not allowed in {path} (it may hold "
             f"{', '.join(sorted(DEEPSPEED_KEYS))}); batch size, precision, clipping and optimizer belong to the run file"
         )
-    zero = values.get("zero_optimization", {})
-    if "nvme" in (zero.get(part, {}).get("device") for part in ("offload_param", "offload_optimizer")):
+    if values.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
         raise ValueError(
-            f"train.deepspeed = {name!r}: {path} offloads to nvme, which has never been tried with the checkpoints of this "
-            "program; the device must be cpu, as in zero3_offload"
+            f"train.deepspeed = {name!r}: {path} offloads weights to nvme, where DeepSpeed 0.19.8 rounds those of fp32 runs to "
+            "bf16; offload_param.device must be cpu, as in zero3_nvme"
         )
     return values
 
@@ -247,14 +247,26 @@ def build_engine(
         # Its shared-memory all-reduce takes 20 to 110 s to compile, needs g++ and can hang on a lock; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(train, optim, has_batch_norm=has_batch_norm(model))
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("device") == "nvme":
+        offload["nvme_path"] = _disk_to_offload_to(train.deepspeed, offload)
     _hand_over_shares(model, config)
-    offloaded = "offload_optimizer" in config.get("zero_optimization", {})
-    optimizer = build_optimizer(model, optim, rate_share, on_cuda=device.type == "cuda", offloaded=offloaded)
+    optimizer = build_optimizer(model, optim, rate_share, on_cuda=device.type == "cuda", offloaded=bool(offload))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     use_group(engine.data_parallel_group)  # type: ignore[arg-type]
     if train.grad_cache_chunk:
         _check_one_reduction(engine, train)
     return engine
+
+
+def _disk_to_offload_to(name: str, offload: dict[str, Any]) -> str:
+    """Raises ValueError naming train.deepspeed."""
+    if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(f"train.deepspeed = {name!r}: offload to nvme needs libaio: apt install libaio-dev, and g++")
+    try:
+        return str(folder_of_process(offload.get("nvme_path", "")))
+    except ValueError as error:
+        raise ValueError(f"train.deepspeed = {name!r}: offload_optimizer.{error}") from None
 
 
 def _check_one_reduction(engine: Any, train: TrainConfig) -> None:

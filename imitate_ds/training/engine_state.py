@@ -6,6 +6,7 @@ says which elements of which parameter it holds, so any number of ranks at any s
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -134,13 +135,25 @@ def _is_plain(engine: Any) -> bool:
 def _initialise_moments(engine: Any) -> None:
     """What the first step would make: until then there is nothing that could be saved or written to."""
     optimizer, wrapper = engine.basic_optimizer, engine.optimizer
-    for group, tensor in _stepped_tensors(engine):
+    for number, (group, tensor) in enumerate(_stepped_tensors(engine)):
         if not optimizer.state[tensor]:
-            optimizer.state[tensor] = _first_state(optimizer, group, tensor)
+            with _read_from_disk(wrapper, number):
+                optimizer.state[tensor] = _first_state(optimizer, group, tensor)
     if link := getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None):
         # DeepSpeed 0.19.8 links once, after the first group has stepped: the moments of all other groups are not there yet.
         wrapper._hp_optimizer_states_linked = False
         link()
+
+
+@contextmanager
+def _read_from_disk(wrapper: Any, number: int) -> Iterator[None]:
+    """What the optimizer steps as the so-manyth is whole in here, and written back after, where it is offloaded to NVMe."""
+    on_disk = hasattr(wrapper, "_swappable_optimizer_subgroup") and wrapper._swappable_optimizer_subgroup(number)
+    if on_disk:
+        wrapper._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if on_disk:
+        wrapper._optimizer_states_and_gradient_swap_out(number)
 
 
 def _stepped_tensors(engine: Any) -> list[tuple[dict[str, Any], Tensor]]:

@@ -140,7 +140,7 @@ def test_fp16_without_batch_norm_is_refused_without_zero():
 
 def test_every_file_in_ds_configs_is_valid(repository):
     names = sorted(path.stem for path in (repository / "ds_configs").glob("*.json"))
-    assert names == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert names == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_nvme", "zero3_offload"]
     for name in names:
         zero = load_deepspeed_json(name)["zero_optimization"]
         # In DeepSpeed's own bucket, of half a billion elements, all gradients wait for the last, and nothing overlaps.
@@ -176,8 +176,8 @@ def test_unknown_deepspeed_key_is_refused(tmp_path):
         path.write_text(json.dumps({key: 8}))
         with pytest.raises(ValueError, match=rf"{key} is not allowed .*train\.grad_cache_chunk"):
             load_deepspeed_json(str(path))
-    path.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
-    with pytest.raises(ValueError, match=r"train\.deepspeed = .* offloads to nvme"):
+    path.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}')
+    with pytest.raises(ValueError, match=r"train\.deepspeed = .* offloads weights to nvme"):
         load_deepspeed_json(str(path))
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
