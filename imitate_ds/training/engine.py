@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +28,9 @@ KERNELS = Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version(
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(KERNELS)
     for _lock in KERNELS.glob("**/lock"):
-        if time.time() - _lock.stat().st_mtime > 15 * 60:  # no compilation takes that long
-            shutil.rmtree(_lock.parent, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another rank has just let go of it
+            if time.time() - _lock.stat().st_mtime > 15 * 60:  # no compilation takes that long
+                shutil.rmtree(_lock.parent, ignore_errors=True)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed  # noqa: E402  # reads the environment that was set above
