@@ -10,6 +10,8 @@ from imitate_ds.config import ModelConfig, build_run_config
 from imitate_ds.models.float8 import use_float8
 from imitate_ds.models.image_encoder import ImageEncoder
 
+pytest.importorskip("torchao", reason="train.fp8 needs the extra fp8: pip install torchao")
+
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
