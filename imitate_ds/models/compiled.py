@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as autograd_config
 
 from imitate_ds.models.imitate import ImitateModel
 
@@ -57,7 +58,9 @@ def _compiled(
         if not (compiles and part.training):
             return plain(*inputs)
         try:
-            return fast(*inputs)
+            # The backward pass at once, not when it first runs: there it would be too late to go on uncompiled.
+            with autograd_config.patch(force_non_lazy_backward_lowering=True):
+                return fast(*inputs)
         except COMPILER_ERRORS as error:
             compiles = False
             failed(error)

@@ -60,6 +60,26 @@ def test_without_a_compiler_a_tower_goes_on_and_says_why_once():
     assert losses == train([], said)[0]
 
 
+def refuse_backward(graph: torch.fx.Graph) -> None:
+    """A pass of the compiler that cannot cope with what a backward pass is given."""
+    if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
+        raise NotImplementedError("a backward pass is too much")
+
+
+def test_where_the_backward_pass_alone_cannot_be_compiled_a_tower_goes_on_from_the_first_step():
+    said: list[str] = []
+    torch.compiler.reset()
+    with inductor.patch({"post_grad_custom_pre_pass": refuse_backward, "force_disable_caches": True}):
+        losses, model = train(["projections"], said, steps=2)
+    torch.compiler.reset()
+    assert len(said) == 1
+    assert "projections goes on uncompiled" in said[0]
+    assert "a backward pass is too much" in said[0]
+    plain, other = train([], said, steps=2)
+    assert losses == plain
+    assert batches_seen(model) == batches_seen(other)
+
+
 def test_what_cannot_be_compiled_together_is_refused():
     train_section = {"compile": ["image_encoder"], "activation_checkpointing": "block"}
     with pytest.raises(ValueError, match=r"train\.activation_checkpointing = 'block': a compiled image encoder"):
