@@ -230,7 +230,8 @@ class TrainConfig(Section):
     # micro_batch_size x ranks. A run that goes on keeps the number it began with, on other ranks too.
     global_batch_size: int = Field(default=0, ge=0)
     # Studies that pass the encoder together (GradCache), so that micro_batch_size, and with it the negatives, does not
-    # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time.
+    # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time. Where a rank
+    # holds an odd number, a chunk may be a study or two larger, so that none is of a single one.
     grad_cache_chunk: int = Field(default=0, ge=0)
     # Parts of the image encoder whose activations are computed again in the backward pass instead of being kept: a quarter
     # to a third more work, for much less memory. block saves most; encoders of one grid (ViT) know no stages.
