@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters as of_the_compiler
 from torch._inductor import config as inductor
 
 from imitate_ds.config import ModelConfig, build_run_config
@@ -10,25 +11,36 @@ from imitate_ds.models.compiled import compile_towers
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
 from imitate_ds.recipe import _save_time
+from imitate_ds.training.flops import count_flops
+from imitate_ds.training.held_memory import count_saved
 from tests.training.zero_worker import MODEL, OBJECTIVE, SIZE, TEXT_WIDTH, global_batch
 
 RUN = {"name": "x", "data": {"shards": "x"}}
 
 
-def train(towers: list[str], said: list[str], steps: int = 3) -> tuple[list[float], ImitateModel]:
+def build(towers: list[str], said: list[str]) -> ImitateModel:
     torch.manual_seed(0)
     config = ModelConfig.model_validate({**MODEL.model_dump(), "projection_norm": "batch"})
     model = ImitateModel(config, TEXT_WIDTH, input_size=SIZE).train()
     compile_towers(model, towers, said.append)
+    return model
+
+
+def learn(model: ImitateModel, steps: range) -> list[float]:
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4), []
-    for step in range(steps):
+    for step in steps:
         batch = global_batch(step)
         loss = imitate_loss(model(batch), batch, OBJECTIVE).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses, model
+    return losses
+
+
+def train(towers: list[str], said: list[str], steps: int = 3) -> tuple[list[float], ImitateModel]:
+    model = build(towers, said)
+    return learn(model, range(steps)), model
 
 
 def batches_seen(model: ImitateModel) -> dict[str, int]:
@@ -46,6 +58,25 @@ def test_a_compiled_tower_learns_the_same():
     batches, wanted = batches_seen(model), batches_seen(other)
     assert batches == wanted
     assert wanted["text_projection.layers.1.num_batches_tracked"] == 3
+
+
+def test_a_counted_step_runs_uncompiled_and_the_next_one_compiled():
+    said: list[str] = []
+    torch.compiler.reset()
+    of_the_compiler.clear()
+    found = []
+    for towers in ([], ["projections"]):
+        model = build(towers, said)
+        with count_flops(model) as flops, count_saved(model) as saved:
+            losses = learn(model, range(1))
+        assert not of_the_compiler["stats"]
+        losses += learn(model, range(1, 2))
+        found.append((losses, flops, saved.most))
+    assert of_the_compiler["stats"]["unique_graphs"] == 2
+    assert not said
+    plain, compiled = found
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-5)
+    assert compiled[1:] == plain[1:]
 
 
 def test_without_a_compiler_a_tower_goes_on_and_says_why_once():
