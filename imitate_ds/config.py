@@ -237,7 +237,8 @@ class TrainConfig(Section):
     # to a third more work, for much less memory. block saves most; encoders of one grid (ViT) know no stages.
     activation_checkpointing: Literal["none", "stage", "block"] = "none"
     # Towers that torch.compile makes faster, after some minutes at the start; where it cannot, a warning says why. Not
-    # with ZeRO-3, whose hooks it cannot follow; BatchNorm over all ranks (batch_norm: sync) it cannot either.
+    # with ZeRO-3, whose hooks it cannot follow; BatchNorm over all ranks (batch_norm: sync) it cannot either. The first
+    # step is not compiled, so that it can be counted.
     compile: Towers = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_norm: Literal["auto", "sync", "mean", "freeze"] = "auto"  # auto: sync on CUDA, mean elsewhere
