@@ -1,6 +1,7 @@
 """Towers of the model through torch.compile, one graph each. What ranks exchange and the loss stay outside.
 
-A tower that cannot be compiled goes on as it is, and says why, once. Dropout and stochastic depth draw what they draw uncompiled.
+A tower that cannot be compiled, forward or backward, goes on as it is, and says why, once. Dropout and stochastic depth
+draw what they draw uncompiled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
