@@ -230,13 +230,15 @@ class TrainConfig(Section):
     # micro_batch_size x ranks. A run that goes on keeps the number it began with, on other ranks too.
     global_batch_size: int = Field(default=0, ge=0)
     # Studies that pass the encoder together (GradCache), so that micro_batch_size, and with it the negatives, does not
-    # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time.
+    # depend on memory; must divide micro_batch_size. 0: all of them. BatchNorm then sees one chunk at a time. Where a rank
+    # holds an odd number, a chunk may be a study or two larger, so that none is of a single one.
     grad_cache_chunk: int = Field(default=0, ge=0)
     # Parts of the image encoder whose activations are computed again in the backward pass instead of being kept: a quarter
     # to a third more work, for much less memory. block saves most; encoders of one grid (ViT) know no stages.
     activation_checkpointing: Literal["none", "stage", "block"] = "none"
     # Towers that torch.compile makes faster, after some minutes at the start; where it cannot, a warning says why. Not
-    # with ZeRO-3, whose hooks it cannot follow; BatchNorm over all ranks (batch_norm: sync) it cannot either.
+    # with ZeRO-3, whose hooks it cannot follow; BatchNorm over all ranks (batch_norm: sync) it cannot either. The first
+    # step is not compiled, so that it can be counted.
     compile: Towers = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # The linear layers of the image encoder multiply in 8 bits, on devices that can, with precision: bf16 and the extra fp8.

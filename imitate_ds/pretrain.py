@@ -95,14 +95,14 @@ class Pretraining(Plan):
             global_batch_size=horizon.global_batch_size,
             folders=self.inputs.folders,
             record=self.config.run_dir / f"skipped.rank{here.rank}.jsonl",
-            tokenize=self._tokenize,
+            tokenize=self.tokenize,
         )
 
     def step(self, engine: Any, batch: Batch) -> StepOutput:
         return train_step(engine, self.config, self._views, batch)
 
     @property
-    def _tokenize(self) -> Tokenize | None:
+    def tokenize(self) -> Tokenize | None:
         return self.inputs.online.tokenize if self.inputs.online else None
 
     @cached_property
@@ -129,7 +129,7 @@ class Pretraining(Plan):
             self.inputs.folders,
             self.inputs.text_encoder,
             batch_size=rows,
-            tokenize=self._tokenize,
+            tokenize=self.tokenize,
             stop=stop,
         )
 

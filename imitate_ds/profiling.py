@@ -48,15 +48,18 @@ FORMAT = "imitate_ds.profile/1"
 def profile(
     config: RunConfig, drain: Drain | None = None, *, steps: int = 5, out: Path | None = None
 ) -> dict[str, Any]:
-    """Write profile.html, profile.json and trace.json.gz to `out`; returns what profile.json holds. A collective."""
+    """Write profile.html, profile.json and trace.json.gz to `out`; returns what profile.json holds. A collective.
+
+    Where a rank was asked to end (drain), all stop after the same step, write nothing, and it returns nothing.
+    """
     if steps < 1:
         raise ValueError(f"--steps {steps}: must be at least 1")
     out = out or config.output_dir / f"{config.name}.profile"
-    if out == config.run_dir:
-        raise ValueError(f"--out {out}: is the folder of the run; name another one")
+    if out.resolve() == config.run_dir.resolve():
+        raise ValueError(f"--out {out}: must not be the folder of the run, output_dir/name; name another one")
     with TemporaryDirectory(prefix="imitate_ds-profile-") as scratch:
         found = _take_steps(_short(config, Path(scratch), steps), steps, out, drain or Drain())
-    if world().is_main:
+    if found and world().is_main:
         write_atomic(out / "profile.json", (json.dumps(found, indent=1) + "\n").encode())
         write_profile_page(out, found)
         _show(found, out)
@@ -92,9 +95,9 @@ def _take_steps(config: RunConfig, steps: int, out: Path, drain: Drain) -> dict[
         stopped = train_steps(engine, plan.batches(0), step, plan.learning_rate, monitor, settings, calls, drain)
         window.close()
     if stopped is not None:
-        raise OSError(
-            f"stopped by {stopped.signal} on rank {stopped.rank} before all steps were taken; nothing is written"
-        )
+        if world().is_main:
+            print(f"stopped by {stopped.signal} on rank {stopped.rank}; nothing is written: start it again", flush=True)
+        return {}
     if world().is_main:
         window.profiler.export_chrome_trace(str(out / "trace.json.gz"))
     studies = plan.horizon.global_batch_size * steps / window.wall

@@ -3,7 +3,6 @@
 Between the rooms below and the entrances: `pretrain` does many steps, `replay` one of them again.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +21,7 @@ from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
 from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.data.transforms import TrainViews
-from imitate_ds.distributed import max_over_ranks, node_count, training_device, world
+from imitate_ds.distributed import count_rows, node_count, training_device, world
 from imitate_ds.flight import flight
 from imitate_ds.models.encoder_parts import encoder_parts
 from imitate_ds.models.float8 import use_float8
@@ -45,7 +44,7 @@ from imitate_ds.training.batch_norm import average_batch_norm_statistics, batch_
 from imitate_ds.training.checkpoint import read_state
 from imitate_ds.training.course import Horizon
 from imitate_ds.training.engine import full_state_dict, load_deepspeed_json, zero_stage
-from imitate_ds.training.grad_cache import backward_in_chunks
+from imitate_ds.training.grad_cache import backward_in_chunks, chunk_count
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput
 
@@ -241,9 +240,9 @@ def _forward_and_backward(engine: Any, config: RunConfig, batch: Batch) -> tuple
 
 
 def _chunks(config: RunConfig, batch: Batch) -> int:
-    """In how many parts a batch passes the encoder: the same number on ranks that hold one study more or less."""
-    most = max_over_ranks(len(batch.keys)) if config.train.grad_cache_chunk else 0
-    return math.ceil(most / config.train.grad_cache_chunk) if most else 1
+    """In how many parts a batch passes the encoder (train.grad_cache_chunk). With that set a collective."""
+    chunk = config.train.grad_cache_chunk
+    return chunk_count(count_rows(len(batch.keys)).counts, chunk) if chunk else 1
 
 
 def _similarities(features: Features) -> dict[str, Tensor]:

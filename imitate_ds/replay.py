@@ -1,11 +1,13 @@
 """`imitate-ds replay RUN --step N`: one step of a run again, from the weights it began with, to see what went wrong in it.
 
 A step whose gradient was not finite leaves those weights in RUN/bad_steps. Any step that a checkpoint begins with can be done
-again too. Nothing of the run is changed.
+again too. Nothing of the run is changed. What the run had compiled runs as it was written: inside compiled towers nothing can be
+watched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,15 +15,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from imitate_ds.config import RunConfig, load_run_config
+from imitate_ds.batch import Batch
+from imitate_ds.config import load_run_config
 from imitate_ds.data.loader import build_train_loader
-from imitate_ds.data.transforms import TrainViews
 from imitate_ds.distributed import gather_objects, init_world, leave_world, mean_over_ranks, training_device, world
-from imitate_ds.recipe import build_model, open_inputs, rate_share, run_identity, train_step, with_operands
+from imitate_ds.pretrain import Pretraining, open_plan
+from imitate_ds.recipe import with_operands
 from imitate_ds.training.batch_norm import set_training_mode
 from imitate_ds.training.checkpoint import load_checkpoint, read_state
 from imitate_ds.training.checkpoint_files import checkpoint_folders, folder_of, verify_checkpoint
-from imitate_ds.training.engine import build_engine, sharded_build, take_step
+from imitate_ds.training.course import start_engine
+from imitate_ds.training.engine import take_step
 from imitate_ds.training.health import BAD_STEPS
 from imitate_ds.training.identity import check_same_run
 from imitate_ds.training.loop import seed_step
@@ -36,6 +40,7 @@ class Replayed(NamedTuple):
     keys: list[str]
     outputs: list[str]  # modules whose output was not finite, in the order they were computed
     gradients: list[str]  # parameters whose gradient was not finite
+    uncompiled: Sequence[str] = ()  # towers that the run had compiled
 
 
 def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
@@ -43,28 +48,33 @@ def replay(run_dir: Path, step: int, *, precision: str = "") -> Replayed:
 
     precision: another one than the run's. Raises FileNotFoundError or ValueError where there are no weights of that step.
     """
-    here = init_world()
-    overrides = ["train.resume=true", *([f"train.precision={precision}"] if precision else [])]
-    config = with_operands(load_run_config(run_dir / "config.yaml", overrides))
+    init_world()
+    path = run_dir / "config.yaml"
+    as_it_was = load_run_config(path)
     checkpoint = _weights_of(run_dir, step)
-    inputs = open_inputs(config, checkpoint)
-    as_it_was = config if not precision else load_run_config(run_dir / "config.yaml")
-    check_same_run(run_identity(with_operands(as_it_was), inputs), read_state(checkpoint)["identity"], checkpoint)
-    with sharded_build(config.train):
-        model = build_model(config, inputs)
-    engine = build_engine(model, config.train, config.optim, rate_share(config))
+    plan = open_plan(as_it_was, checkpoint)
+    check_same_run(plan.identity(), read_state(checkpoint)["identity"], checkpoint)
+    overrides = ["train.compile=[]", *([f"train.precision={precision}"] if precision else [])]
+    plan = replace(plan, config=with_operands(load_run_config(path, overrides)))
+    engine = start_engine(plan)
     load_checkpoint(engine, checkpoint)
+    return _one_step(engine, plan, _batch_of(plan, step))._replace(uncompiled=as_it_was.train.compile)
+
+
+def _batch_of(plan: Pretraining, step: int) -> Batch:
+    """Not plan.batches(step), which keeps the run's own list of what it skipped."""
+    here = world()
     (batch,) = build_train_loader(
-        config,
+        plan.config,
         rank=here.rank,
         world_size=here.size,
         start_step=step,
         stop_step=step + 1,
-        global_batch_size=inputs.horizon.global_batch_size,
-        folders=inputs.folders,
-        tokenize=inputs.online.tokenize if inputs.online else None,
+        global_batch_size=plan.horizon.global_batch_size,
+        folders=plan.inputs.folders,
+        tokenize=plan.tokenize,
     )
-    return _one_step(engine, config, batch, inputs.batch_norm)
+    return batch
 
 
 def main(run_dir: Path, step: int, precision: str) -> NoReturn:
@@ -72,6 +82,8 @@ def main(run_dir: Path, step: int, precision: str) -> NoReturn:
     found = replay(run_dir, step, precision=precision)
     if world().is_main:
         print(f"step {found.step}, {len(found.keys)} studies: {' '.join(found.keys)}")
+        if found.uncompiled:
+            print(f"  uncompiled here, compiled in the run: {', '.join(found.uncompiled)}")
         for name, value in found.losses.items():
             print(f"  {name} {value:.6g}")
         print(f"  gradient norm {found.gradient_norm:.6g}")
@@ -85,12 +97,11 @@ def _shown(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest or "none"
 
 
-def _one_step(engine: Any, config: RunConfig, batch: Any, batch_norm: str) -> Replayed:
-    set_training_mode(engine.module, batch_norm)
-    seed_step(config.seed, batch.step)
-    views = TrainViews(config.data.augment, config.data.input_size)
+def _one_step(engine: Any, plan: Pretraining, batch: Batch) -> Replayed:
+    set_training_mode(engine.module, plan.batch_norm)
+    seed_step(plan.config.seed, batch.step)
     with _watched(engine.module) as (outputs, gradients):
-        output = train_step(engine, config, views, batch.to(training_device()))
+        output = plan.step(engine, batch.to(training_device()))
     norm = take_step(engine).norm
     names = sorted(output.scalars)
     losses = mean_over_ranks(torch.stack([output.scalars[name].float() for name in names])).tolist()

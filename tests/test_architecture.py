@@ -135,7 +135,7 @@ def test_nothing_imports_an_entrance_but_those_that_start_others(repository):
         for imported in _imports(tree):
             name = imported.removeprefix("imitate_ds.")
             if imported.startswith("imitate_ds.") and _within(name, ENTRANCES):
-                assert module.split(".")[0] in ("cli", "benchmark", "profiling", "scale"), (
+                assert module.split(".")[0] in ("cli", "benchmark", "profiling", "replay", "scale"), (
                     f"imitate_ds.{module} imports {imported}"
                 )
 

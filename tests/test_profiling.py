@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import signal
 import tarfile
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from imitate_ds.config import build_run_config
 from imitate_ds.profiling import profile
+from imitate_ds.training.drain import Drain
 
 
 @pytest.fixture
@@ -81,8 +84,20 @@ def test_a_few_steps_leave_figures_that_add_up_a_page_and_a_trace_without_patien
     assert not [word for word in words if word in trace]
 
 
-def test_refusals(config):
-    with pytest.raises(ValueError, match=r"--out .*tiny: is the folder of the run; name another one"):
+def test_asked_to_end_it_says_so_and_writes_nothing(process_group, config, tmp_path, capfd):
+    drain = Drain()
+    drain.hear(signal.SIGTERM)
+    assert profile(config, drain, steps=1, out=tmp_path / "profile") == {}
+    assert "stopped by SIGTERM on rank 0; nothing is written: start it again" in capfd.readouterr().out
+    assert not list((tmp_path / "profile").iterdir())
+
+
+def test_refusals(config, monkeypatch):
+    rule = r"--out .*tiny: must not be the folder of the run, output_dir/name; name another one"
+    with pytest.raises(ValueError, match=rule):
         profile(config, out=config.run_dir)
+    monkeypatch.chdir(config.output_dir.parent)
+    with pytest.raises(ValueError, match=rule):
+        profile(config, out=Path("runs/../runs/tiny"))
     with pytest.raises(ValueError, match="--steps 0: must be at least 1"):
         profile(config, steps=0)

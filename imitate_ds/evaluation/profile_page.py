@@ -20,14 +20,15 @@ FLAG = (
     "what the loss and the loop send. trace.json.gz beside this page opens in Perfetto, or in chrome://tracing."
 )
 OPERATIONS = (
-    "Model FLOPs: matrix products and convolutions, forward and backward, once each. What activation checkpointing and GradCache "
-    "compute again is not in them, nor in MFU."
+    "Model FLOPs: matrix products and convolutions, forward and backward, once each, of the first batch of every rank. What "
+    "activation checkpointing and GradCache compute again is not in them, nor in MFU."
 )
 MEMORY = (
     "What a rank holds, a storage counted once. optimizer: its state, and the float32 weights of mixed precision. buckets: of "
-    "gradients on their way. activations and loss: the most that the first step kept for its backward pass, with autocast's "
-    "copies of weights. Not in it: what libraries keep for themselves, and what an operator needs while it runs, as do the "
-    "strips of the loss."
+    "gradients on their way. activations and loss: the most that the first step, which is never compiled, kept for its backward "
+    "pass, with autocast's copies of weights. peak, on CUDA: of everything, since the second step. Not in activations: what "
+    "activation checkpointing computes again for a moment, what libraries keep for themselves, and what an operator needs while "
+    "it runs, as do the strips of the loss."
 )
 
 

@@ -1,6 +1,7 @@
 """Towers of the model through torch.compile, one graph each. What ranks exchange and the loss stay outside.
 
-A tower that cannot be compiled goes on as it is, and says why, once. Dropout and stochastic depth draw what they draw uncompiled.
+A tower that cannot be compiled, forward or backward, goes on as it is, and says why, once. Dropout and stochastic depth
+draw what they draw uncompiled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as autograd_config
 
 from imitate_ds.models.imitate import ImitateModel
 
@@ -57,7 +59,9 @@ def _compiled(
         if not (compiles and part.training):
             return plain(*inputs)
         try:
-            return fast(*inputs)
+            # The backward pass at once, not when it first runs: there it would be too late to go on uncompiled.
+            with autograd_config.patch(force_non_lazy_backward_lowering=True):
+                return fast(*inputs)
         except COMPILER_ERRORS as error:
             compiles = False
             failed(error)

@@ -2,9 +2,11 @@
 
 Model FLOPs, as in "PaLM: Scaling Language Modeling with Pathways" (Chowdhery et al., 2022, appendix B): forward and backward,
 matrix products and convolutions, once each: not again what checkpointing or GradCache computes again, and not the optimizer.
+They are of one batch, the first, by study over all ranks; where a text encoder learns, others have longer or shorter texts.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,11 @@ FORMAT = "imitate_ds.counters/1"
 
 
 class Counters:
-    """Counts the first step that a process takes. loss_flops: of a study, outside the modules of the model."""
+    """Counts the first step that a process takes. It runs uncompiled for that: where train.compile is set, later steps may keep
+    less than what is told as activations.
+
+    loss_flops: of a study, outside the modules of the model.
+    """
 
     def __init__(self, run_dir: Path, engine: Any, precision: Precision, loss_flops: float):
         self.run_dir, self.engine, self.precision, self.loss_flops = run_dir, engine, precision, loss_flops
@@ -31,6 +37,7 @@ class Counters:
         self.flops_by_part: dict[str, float] = {}
         self.again = 0.0
         self.memory: dict[str, float] = {}  # of this rank, MiB
+        self._steps = 0
         self._told = False
 
     @property
@@ -38,19 +45,26 @@ class Counters:
         return sum(self.flops_by_part.values())
 
     def around(self, step_fn: Callable[[Any], StepOutput]) -> Callable[[Any], StepOutput]:
-        """The same step, the first of which is counted."""
+        """The same step, the first of which is counted, a collective."""
 
         def step(batch: Any) -> StepOutput:
-            return step_fn(batch) if self.flops_by_part else self._counted(step_fn, batch)
+            self._steps += 1
+            if self._steps == 1:
+                return self._counted(step_fn, batch)
+            if self._steps == 2 and training_device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of a step without the optimizer's state, and uncompiled
+            return step_fn(batch)
 
         return step
 
     def rates(self, studies_per_second: float) -> dict[str, float]:
-        """What is logged of it; the first call, a collective, adds the memory and writes counters.json."""
+        """What is logged of it. The first call, a collective, adds the memory and writes counters.json; so do those that follow
+        it until a step was applied after the counted one.
+        """
         found = self.speed(studies_per_second)
         if self._told:
             return found
-        self._told = True
+        self._told = self._steps > 1 and bool(self.engine.optimizer.state)  # which it makes in the first step applied
         record = self.record()
         if world().is_main:
             (self.run_dir / COUNTERS).write_text(json.dumps(record, indent=1) + "\n")
@@ -62,7 +76,7 @@ class Counters:
         return {"tflops": flops / 1e12} | ({"mfu": flops / self.peak} if self.peak else {})
 
     def record(self) -> dict[str, Any]:
-        """What counters.json holds. A collective, after a whole step: optimizers make their state in the first one."""
+        """What counters.json holds. A collective."""
         self._weigh()
         parameters, trainable = parameter_counts(self.engine.module)
         return {
@@ -82,10 +96,11 @@ class Counters:
         model = self.engine.module
         with count_flops(model) as flops, count_saved(model) as saved:
             output = step_fn(batch)
-        studies = len(batch.keys)
-        self.flops_by_part = {part: count / studies for part, count in flops.by_part.items()}
-        self.flops_by_part["loss"] = self.loss_flops
-        self.again = flops.again / studies
+        ranks = gather_objects((len(batch.keys), flops))
+        studies = sum(rows for rows, _ in ranks)
+        by_part = sum((Counter(found.by_part) for _, found in ranks), Counter())
+        self.flops_by_part = {part: count / studies for part, count in by_part.items()} | {"loss": self.loss_flops}
+        self.again = sum(found.again for _, found in ranks) / studies
         gradients = held_bytes(self.engine, training_device())["gradients"]  # now: the optimizer lets go of them
         self.memory = {kind: _mib(saved.most[kind]) for kind in ("activations", "loss")} | {
             "gradients": _mib(gradients)
@@ -93,7 +108,7 @@ class Counters:
         return output
 
     def _weigh(self) -> None:
-        """What stays between steps, and on CUDA the peak of all up to now."""
+        """What stays between steps, and on CUDA the peak of all since the second step began."""
         held = held_bytes(self.engine, training_device())
         self.memory |= {kind: _mib(held[kind]) for kind in held if kind != "gradients"}
         if training_device().type == "cuda":

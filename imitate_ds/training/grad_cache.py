@@ -4,6 +4,7 @@
 embeddings of the whole batch, but only its gradient with respect to them has to come back to the encoder.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +32,15 @@ class RandomState(NamedTuple):
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
+
+
+def chunk_count(counts: Sequence[int], chunk: int) -> int:
+    """In how many parts ranks that hold so many studies pass their batches: the same number on all of them.
+
+    A part holds `chunk` studies at the most, but two at the least on every rank, for BatchNorm refuses a single one: where
+    shares are odd, or differ by one, it may hold one or two more.
+    """
+    return max(1, min(math.ceil(max(counts) / chunk), min(counts) // 2))
 
 
 def backward_in_chunks(

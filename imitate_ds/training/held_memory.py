@@ -71,7 +71,10 @@ class Saved:
 
 @contextmanager
 def count_saved(model: nn.Module) -> Iterator[Saved]:
-    """What is saved in here for backward passes, weights left out. What they compute stays what it is."""
+    """What is saved in here for backward passes, weights left out. What they compute stays what it is.
+
+    Nor is counted what activation checkpointing computes again: torch keeps one part's worth of it outside of these hooks.
+    """
     saved, weights = Saved(), {id(parameter) for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Any:

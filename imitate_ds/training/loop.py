@@ -91,6 +91,7 @@ def train_steps(
     clock, pulse = _Clock(), Pulse()
     log = _Log(monitor, settings, clock, calls.between)
     unsound = torch.zeros((), dtype=torch.bool, device=device)  # stays on the device between logged steps
+    flight.begin("waiting for data")
     for batch in clock.waiting_for(batches):
         step = batch.step
         flight.begin("forward", step)

@@ -380,16 +380,6 @@ def test_a_share_of_the_patients_is_all_that_is_read(built):
     assert {key for key, patient in patient_of.items() if patient in patients} == half
 
 
-def test_a_share_that_leaves_a_folder_without_patients_is_refused(built, tmp_path):
-    source = PhantomSource(2, seed=2, size=64, val_share=0.0, test_share=0.0)
-    build_shards(source, tmp_path, image_size=64, workers=0, progress=False)
-    config = _config(built, shards=[{"shards": str(built)}, {"shards": str(tmp_path)}], share=0.01)
-    with pytest.raises(
-        ValueError, match=r"data\.share = 0\.01: leaves data\.shards\[[01]\] without a patient; raise it"
-    ):
-        build_train_plan(config.data, open_train_folders(config.data), seed=3, global_batch_size=6)
-
-
 def test_too_few_samples(built):
     with pytest.raises(ValueError, match=r"data\.shards: .* fewer than one global batch of 256 .*micro_batch_size"):
         build_train_loader(_config(built, micro_batch_size=128), rank=0, world_size=2, stop_step=1)
@@ -576,9 +566,3 @@ def test_validation_refuses_another_encoder_than_the_runs(shards):
     assert len(build_eval_loader(load_index(shards), "val", text_encoder=encoder, **loader)) > 0
     with pytest.raises(ValueError, match=r"data\.shards: embedded anew during the run"):
         build_eval_loader(load_index(shards), "val", text_encoder="another", **loader)
-
-
-def test_missing_validation_tars_are_found_before_training(shards):
-    (shards / load_index(shards).of_split("val")[0].name).unlink()
-    with pytest.raises(FileNotFoundError, match="val-000000"):
-        open_train_folders(_config(shards, max_skipped=50).data)

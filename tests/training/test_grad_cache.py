@@ -1,5 +1,6 @@
 """GradCache around a plain engine: exact, alike in both passes (with DeepSpeed on two ranks: test_engine.py)."""
 
+import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from imitate_ds.batch import Features
 from imitate_ds.config import ModelConfig, ObjectiveConfig, TemperatureConfig, TrainConfig
+from imitate_ds.data.shard_plan import rank_rows
 from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.models.text_tower import TextTower
 from imitate_ds.objective import imitate_loss
-from imitate_ds.training.batch_norm import hold_batch_norm_statistics, set_training_mode
+from imitate_ds.training.batch_norm import set_training_mode
 from imitate_ds.training.engine import _check_one_reduction
-from imitate_ds.training.grad_cache import backward_in_chunks
+from imitate_ds.training.grad_cache import backward_in_chunks, chunk_count
 from tests.tiny_bert import tiny_bert
 from tests.training.zero_worker import MODEL, SIZE, TEXT_WIDTH, WORDS, batch_with_tokens, global_batch
 
@@ -82,6 +84,28 @@ def test_chunks_leave_the_gradient_of_the_whole(parts):
         torch.testing.assert_close(gradient, expected[name], rtol=2e-4, atol=2e-5 * expected[name].abs().max().item())
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_rank_cuts_off_a_single_study(ranks):
+    for batch_size in range(2 * ranks, 14 * ranks):
+        counts = [len(rank_rows(batch_size, rank, ranks)) for rank in range(ranks)]
+        for chunk in range(2, 8):
+            parts = chunk_count(counts, chunk)
+            assert all(count // parts >= 2 for count in counts)
+            uneven = counts[0] % 2 or len(set(counts)) > 1
+            assert math.ceil(max(counts) / parts) <= chunk + 2 * uneven
+            if counts[0] % chunk == 0 and len(set(counts)) == 1:
+                assert parts * chunk == counts[0]
+
+
+def test_an_odd_batch_passes_a_model_with_batch_norm():
+    batch, engine = global_batch(0), PlainEngine(build("mean", projection_norm="batch"))
+    odd = batch._replace(**{n: v[:5] for n, v in batch._asdict().items() if isinstance(v, list | Tensor)})
+    chunks = odd.split(chunk_count([5], 2))
+    assert [len(chunk.keys) for chunk in chunks] == [2, 3]
+    features, _ = backward_in_chunks(engine, chunks, Features.join, partial(loss_of, batch=odd))
+    assert len(features.image_impression) == 5
+
+
 def test_both_passes_of_a_chunk_draw_alike_and_randomness_goes_on():
     batch, engine = global_batch(0), PlainEngine(build(drop_path=0.5))
     for module in engine.module.modules():
@@ -120,17 +144,6 @@ def test_batch_norm_learns_its_statistics_once():
         alone(chunk)
     for (name, found), (_, expected) in zip(engine.module.named_buffers(), alone.named_buffers(), strict=True):
         assert torch.equal(found, expected), name
-
-
-@pytest.mark.parametrize("policy", ["mean", "freeze"])
-def test_holding_statistics_changes_nothing_else(policy):
-    network, batch = build(policy, projection_norm="batch"), global_batch(0)
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with hold_batch_norm_statistics(network):
-        held = network(batch)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-    for a, b in zip(held, network(batch), strict=True):
-        assert torch.equal(a, b)
 
 
 class Pair(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from imitate_ds.flight import flight
 from imitate_ds.training.drain import Drain
 from imitate_ds.training.loop import Calls, LoopSettings, StepOutput, Stopped, train_steps
 from imitate_ds.training.monitor import Monitor
@@ -103,6 +104,19 @@ def test_logs_every_few_steps_and_at_the_end_and_pauses_when_asked(tmp_path):
     assert 0 <= lines[-1]["data_wait_share"] <= 1
     assert lines[-1]["gradient_norm"] > 0
     assert lines[-1]["more"] == 7
+
+
+def test_what_it_waits_for_is_data_from_the_first_batch_on(tmp_path):
+    doing = []
+
+    def batches():
+        for step in Steps(2):
+            doing.append(flight.doing)
+            yield step
+
+    flight.begin("building the model")
+    train(tmp_path, batches(), lambda done: False)
+    assert doing == ["waiting for data"] * 2
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_told(tmp_path):
