@@ -17,7 +17,7 @@ def use_float8(encoder: nn.Module, device: torch.device) -> int:
     Raises ValueError naming train.fp8 where torchao or the hardware is missing, or nothing can be swapped.
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError("train.fp8 = True: torchao is not installed: pip install 'imitate-ds[fp8]'") from None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) <= NEWEST_WITHOUT:
