@@ -1,7 +1,7 @@
 """A scaling sweep, an entrance: pre-training at every size that the axes of a sweep name, and the laws in what comes of it.
 
-How its runs are gone on with, planned_runs.py says. `--slurm` trains nothing: it writes the run files, a list of those that have
-not finished for an array of jobs (launch/pretrain.sbatch), and the page of those that have.
+How its runs are gone on with, planned_runs.py says. `--slurm` trains nothing: it writes the run files, a list of them for an
+array of jobs (launch/pretrain.sbatch), and the page of those that have finished; it says the line that submits what is left.
 """
 
 import math
@@ -30,6 +30,7 @@ from imitate_ds.planned_runs import (
     write_run_files,
 )
 from imitate_ds.scale_config import ScaleConfig, load_scale_config
+from imitate_ds.status import GOES_ON, read_statuses
 from imitate_ds.training.run_state import read_run_state
 
 SCRIPT = "launch/pretrain.sbatch"
@@ -56,11 +57,10 @@ def scale(
         raise ValueError(f"axes.encoders: two runs would be called {twin}; rename one of the encoders")
     say(_size(config, cells))
     write_run_files(runs, plan="sweep")
-    left = [run for run in runs if not has_finished(run)]
     failed: dict[str, str] = {}
-    if slurm and left:
-        say(write_list(left, config.folder / LIST, SCRIPT, "--set", "train.resume=true"))
-    elif left:
+    if slurm:
+        say(write_list(runs, _left(runs), config.folder / LIST, SCRIPT, "--set", "train.resume=true"))
+    else:
         failed = run_planned(runs, "pretrain", jobs=jobs, say=say)
     if config.probe and not slurm:
         failed |= _probe(config, runs, say)
@@ -137,6 +137,12 @@ def _size(config: ScaleConfig, cells: Sequence[Cell]) -> str:
     left = sum(cell.planned.steps * cell.planned.batch for cell in cells if not has_finished(cell.config))
     done = f"; {finished} have finished, {left:,} studies are left" if finished else ""
     return f"{config.name}: {len(cells)} runs of {studies:,} studies together{done}"
+
+
+def _left(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Those that neither have finished nor go on."""
+    statuses = read_statuses(run.run_dir for run in runs)
+    return [run for run, status in zip(runs, statuses, strict=True) if status.state not in ("finished", *GOES_ON)]
 
 
 def _probe(config: ScaleConfig, runs: Sequence[RunConfig], say: Say) -> dict[str, str]:

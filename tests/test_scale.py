@@ -2,6 +2,8 @@
 
 import csv
 import json
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from imitate_ds.config import load_run_config
 from imitate_ds.run_file import merged
 from imitate_ds.scale import scale
 from imitate_ds.scale_config import load_scale_config
+from imitate_ds.training.run_state import write_run_state
 
 
 @pytest.fixture
@@ -56,14 +59,15 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_other_stands_on_the_p
     assert "lost.safetensors" in page
     assert "Synthetic data" in page
 
-    # Gone on with: what has finished is not run, and not probed, again; the list for Slurm holds what is left.
+    # Gone on with: what has finished is not run, and not probed, again. The list for Slurm holds all runs, the array what is left.
     folder, said = tmp_path / "sweep/runs/small-b16-global-d0.5-s3", []
     before = [(folder / name).stat().st_mtime_ns for name in ("state.json", "results.json")]
     assert scale(sweep(axes={"encoders": encoders}), slurm=True, say=said.append) == []
     assert before == [(folder / name).stat().st_mtime_ns for name in ("state.json", "results.json")]
     assert said[0] == "sweep: 2 runs of 64 studies together; 1 have finished, 32 studies are left"
-    assert (tmp_path / "sweep/runs.txt").read_text() == f"{tmp_path}/sweep/runs/broken-b16-global-d0.5-s3.yaml\n"
-    assert "--array=0-0 ... launch/pretrain.sbatch --set train.resume=true" in said[1]
+    files = [f"{tmp_path}/sweep/runs/{name}-b16-global-d0.5-s3.yaml" for name in ("broken", "small")]
+    assert (tmp_path / "sweep/runs.txt").read_text().split() == files
+    assert "--array=0 ... launch/pretrain.sbatch --set train.resume=true" in said[1]
     with pytest.raises(ValueError, match=r"was run with other settings.*another name for the sweep"):
         scale(sweep(axes={"encoders": encoders}), ["run.optim.lr=0.5"], slurm=True)
 
@@ -85,6 +89,33 @@ def test_every_combination_is_planned_to_its_length(sweep, tmp_path):
     assert half.train.epochs >= 4  # about 90 studies make five steps of 16
     assert "16 of 16" not in (tmp_path / "sweep/scaling.html").read_text()
     assert [row["state"] for row in csv.DictReader((tmp_path / "sweep/scaling.csv").open())] == ["not begun"] * 16
+
+
+def test_a_run_keeps_its_line_and_what_goes_on_is_not_submitted_again(sweep, tmp_path):
+    """A task of an array that waits in the queue reads its line when it begins."""
+    said = []
+    scale(sweep(axes={"seeds": [0, 1, 2]}), slurm=True, say=said.append)
+    first, *others = (tmp_path / "sweep/runs.txt").read_text().split()
+    assert "sbatch --array=0-2 ... " in said[1]
+    going, done = (Path(path).with_suffix("") for path in (first, others[1]))
+    write_run_state(going, "running", step=1)
+    (going / "heartbeats").mkdir()
+    beat = {
+        "rank": 0,
+        "host": "another",
+        "pid": 1,
+        "step": 1,
+        "doing": "step",
+        "since": time.time(),
+        "time": time.time(),
+    }
+    (going / "heartbeats/rank-0.json").write_text(json.dumps(beat))
+    write_run_state(done, "finished", step=2)
+    scale(sweep(axes={"seeds": [4, 0, 1, 2, 3]}), slurm=True, say=said.append)
+    lines = (tmp_path / "sweep/runs.txt").read_text().split()
+    assert lines[:3] == [first, *others]
+    assert [line[-7:] for line in lines[3:]] == ["s4.yaml", "s3.yaml"]
+    assert "sbatch --array=1,3-4 ... " in said[-2]
 
 
 def test_what_is_wrong_is_said_at_the_door(sweep):
