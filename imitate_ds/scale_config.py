@@ -44,10 +44,14 @@ class ScaleAxes(Section):
 
     # [resnet18, resnet50], or {small: {model: {image_encoder: resnet18}, optim: {lr: 1e-3}}, ...}: laid over `run`
     encoders: Annotated[dict[Named, dict[str, Any]], BeforeValidator(_as_encoders), AfterValidator(_named)]
-    batch_sizes: Annotated[tuple[int, ...], *Axis] = ()  # train.global_batch_size; the learning rate stays as it is
+    batch_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=2)], ...], *Axis
+    ] = ()  # train.global_batch_size; the learning rate stays as it is
     negatives: Annotated[tuple[Literal["global", "local"], ...], *Axis] = ()  # objective.negatives.scope
     shares: Annotated[tuple[float, ...], *Axis] = ()  # data.share, of the training patients
-    studies: Annotated[tuple[int, ...], *Axis] = ()  # that a run sees, in as many steps and epochs as that takes
+    studies: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...], *Axis
+    ] = ()  # that a run sees, in as many steps and epochs as that takes
     seeds: Annotated[
         tuple[int, ...], *Axis
     ] = ()  # of weights, order, views and drawn patients; two and more give intervals
@@ -58,6 +62,10 @@ class ScaleProbe(Section):
 
     split: str = "val"
     train_split: str = "train"
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        return self.split, self.train_split
 
 
 class ScaleConfig(Section):

@@ -59,7 +59,7 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_other_stands_on_the_p
     assert "lost.safetensors" in page
     assert "Synthetic data" in page
 
-    # Gone on with: what has finished is not run, and not probed, again. The list for Slurm holds all runs, the array what is left.
+    # Gone on with: what has finished is not run, nor probed, again. The list for Slurm holds all runs, the array what is left.
     folder, said = tmp_path / "sweep/runs/small-b16-global-d0.5-s3", []
     before = [(folder / name).stat().st_mtime_ns for name in ("state.json", "results.json")]
     assert scale(sweep(axes={"encoders": encoders}), slurm=True, say=said.append) == []
@@ -118,6 +118,16 @@ def test_a_run_keeps_its_line_and_what_goes_on_is_not_submitted_again(sweep, tmp
     assert "sbatch --array=1,3-4 ... " in said[-2]
 
 
+def test_shares_that_differ_little_are_different_runs_and_a_weight_makes_no_more_studies(
+    sweep, tmp_path, phantom_shards
+):
+    twice = [{"shards": str(phantom_shards), "weight": 2.0}]
+    scale(sweep(axes={"shares": [0.3333333, 0.33333334, 1.0]}, run={"data": {"shards": twice}}), slurm=True)
+    table = {row["run"]: row for row in csv.DictReader((tmp_path / "sweep/scaling.csv").open())}
+    assert [name.split("-")[3] for name in table] == ["d0.3333333", "d0.33333334", "d1"]
+    assert table["test_resnet-b16-global-d1-s3"]["train_studies"] == "182"
+
+
 def test_what_is_wrong_is_said_at_the_door(sweep):
     for changes, message in (
         ({"axes": {"encoder": ["x"]}}, r"axes\.encoder is not a setting \(did you mean encoders\?\)"),
@@ -125,6 +135,8 @@ def test_what_is_wrong_is_said_at_the_door(sweep):
         ({"axes": {"encoders": []}}, r"axes\.encoders = \[\]: must name at least one"),
         ({"axes": {"encoders": ["resnet10t", "resnet10t"]}}, r"axes\.encoders = .*: names resnet10t twice"),
         ({"axes": {"seeds": [1, 2, 1]}}, r"axes\.seeds = .*: names 1 twice"),
+        ({"axes": {"studies": [0]}}, r"axes\.studies\.0 = 0: must be greater than 0"),
+        ({"axes": {"batch_sizes": [1]}}, r"axes\.batch_sizes\.0 = 1: must be greater than or equal to 2"),
         ({"axes": {"negatives": ["none"]}}, r"axes\.negatives\.0 = 'none': must be 'global' or 'local'"),
         ({"run": {"optim": {"lrr": 1}}}, r"run, axes\.encoders\.test_resnet: optim\.lrr is not a setting"),
     ):
@@ -135,6 +147,8 @@ def test_what_is_wrong_is_said_at_the_door(sweep):
             {"axes": {"encoders": ["resnet19t"]}},
             r"axes\.encoders\.resnet19t: model\.image_encoder = 'resnet19t': not a backb",
         ),
+        ({"probe": {"split": "valid"}}, r"probe\.split = 'valid': .* has train, val, test; name one of them"),
+        ({"probe": {"train_split": "trian"}}, r"probe\.train_split = 'trian': .* has train, val, test"),
         ({"axes": {"shares": [2.0]}}, r"run, axes\.encoders\.test_resnet: data\.share = 2\.0"),
         ({"axes": {"shares": [0.01]}}, r"fewer than one global batch of 16 .*data\.share"),
     ):
