@@ -156,6 +156,19 @@ def test_what_is_wrong_is_said_at_the_door(sweep):
             scale(sweep(**changes))
 
 
+def test_an_encoder_may_have_settings_of_its_own(sweep):
+    encoders = {"resnet18": {"optim": {"lr": 5e-4}}, "resnet10t": {}, "a": {"model": {"image_encoder": "b"}}}
+    path = sweep(axes={"encoders": encoders})
+    config = load_scale_config(path)
+    runs = {name: config.run_of(name) for name in encoders}
+    assert {name: (run.model.image_encoder, run.optim.lr) for name, run in runs.items()} == {
+        "resnet18": ("resnet18", 5e-4),
+        "resnet10t": ("resnet10t", 2e-4),
+        "a": ("b", 2e-4),
+    }
+    assert load_scale_config(path, ["run.model.image_encoder=c"]).run_of("resnet18").model.image_encoder == "c"
+
+
 def test_an_encoder_that_is_named_twice_is_not_lost(sweep):
     path = sweep()
     path.write_text(path.read_text() + "axes: {encoders: {a: {model: {image_encoder: resnet10t}}, a: {}}}\n")
