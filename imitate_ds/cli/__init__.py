@@ -208,13 +208,14 @@ def plan(
     from imitate_ds.devices import device_called
     from imitate_ds.planning.assumptions import gpu_machine
     from imitate_ds.planning.planner import make_plan
-    from imitate_ds.planning.report import plan_values, plan_view
+    from imitate_ds.planning.report import plan_values, plan_view, settings_line
 
     run, device = load_run_config(config, override), device_called(gpu)
     machine = gpu_machine(gpu, device, run.train, nodes=nodes, per_node=gpus_per_node, interconnect=interconnect)
     with errors.status("tracing a step"):
         found = make_plan(run, machine, studies=studies)
     console.print(plan_view(found))
+    console.print(f"\n{settings_line(found)}", style="bold", highlight=False, markup=False, soft_wrap=True)
     if json_file:
         json_file.write_text(json.dumps(plan_values(found), indent=1) + "\n")
         say(f"written: {json_file}")

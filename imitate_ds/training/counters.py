@@ -26,8 +26,9 @@ class Counters:
     """Counts the first step that a process takes. loss_flops: of a study, outside the modules of the model."""
 
     def __init__(self, run_dir: Path, engine: Any, precision: Precision, loss_flops: float):
-        self.run_dir, self.engine, self.precision, self.loss_flops = run_dir, engine, precision, loss_flops
-        self.peak = peak_flops(precision)
+        self.run_dir, self.engine, self.loss_flops = run_dir, engine, loss_flops
+        self.precision: Precision = precision
+        self.peak: float | None = None  # once a step was counted
         self.flops_by_part: dict[str, float] = {}
         self.again = 0.0
         self.memory: dict[str, float] = {}  # of this rank, MiB
@@ -86,6 +87,7 @@ class Counters:
         self.flops_by_part = {part: count / studies for part, count in flops.by_part.items()}
         self.flops_by_part["loss"] = self.loss_flops
         self.again = flops.again / studies
+        self.peak = peak_flops(self.precision, flops.convolutions / studies / self.flops_per_study)
         gradients = held_bytes(self.engine, training_device())["gradients"]  # now: the optimizer lets go of them
         self.memory = {kind: _mib(saved.most[kind]) for kind in ("activations", "loss")} | {
             "gradients": _mib(gradients)
@@ -111,10 +113,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_flops(precision: Precision) -> float | None:
-    """Of one device, by its data sheet; None where it has none, as a CPU."""
+def peak_flops(precision: Precision, convolved: float) -> float | None:
+    """Of one device, by its data sheet, at this share of convolutions; None where it has none, as a CPU."""
     device = find_device(device_name())
-    return device.tflops[precision] * 1e12 if device and precision in device.tflops else None
+    return device.peak(precision, convolved) if device else None
 
 
 def _mib(count: float) -> float:

@@ -52,4 +52,4 @@ def test_the_first_step_is_counted_and_told_once(tmp_path):
 
 
 def test_no_peak_is_made_up():
-    assert peak_flops("bf16") is None
+    assert peak_flops("bf16", 0.5) is None
