@@ -62,7 +62,10 @@ def scale(
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once on this machine, each a process of its own.")] = 1,
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="Train nothing: list what is left for an array of jobs, and draw the page.")
+        bool,
+        typer.Option(
+            "--slurm", help="Train nothing: list the runs for an array of jobs, say what is left, draw the page."
+        ),
     ] = False,
 ) -> None:
     """Pre-train at every size that a sweep names, and fit power laws; goes on where it was stopped."""
