@@ -40,7 +40,7 @@ ASSUMED = {
     "watts of all over watts of devices": Span(1.8, 1.5, 1.3, "assumed: host, network, cooling; DGX H100: 10.2 kW for 8 x 700 W"),
 }  # fmt: skip
 # Peaks that benchmarks/plan_check.py measured lie up to so many times above what was said of them, and never below.
-UNSEEN, UNSEEN_AT_ZERO3 = 1.06, 1.10
+UNSEEN = 1.06
 INTERCONNECT = 50.0  # GB/s out of a node, where nobody says: one 400 Gbit/s port
 
 

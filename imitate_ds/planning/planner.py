@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from imitate_ds.config import RunConfig
-from imitate_ds.planning.assumptions import GIB, UNSEEN, UNSEEN_AT_ZERO3, Machine, assumed
+from imitate_ds.planning.assumptions import GIB, UNSEEN, Machine, assumed
 from imitate_ds.planning.loss import LossCost, loss_cost
 from imitate_ds.planning.memory import Placed, Stage, Work, place, read_stage
 from imitate_ds.planning.step_time import StepTime, step_time
@@ -72,10 +72,9 @@ def _with_own(config: RunConfig, stages: tuple[str, ...]) -> list[str]:
 def _option(subject: Subject, machine: Machine, stage: Stage) -> Option:
     refused = _refusal(subject, machine, stage)
     cautious = partial(placed_at, subject, machine, stage, end="low")
-    unseen = UNSEEN_AT_ZERO3 if stage.stage == 3 else UNSEEN
 
     def fits(studies: int, chunk: int) -> bool:
-        return unseen * cautious(studies=studies, chunk=chunk).total <= machine.memory
+        return UNSEEN * cautious(studies=studies, chunk=chunk).total <= machine.memory
 
     wanted = subject.studies
     largest = _largest(lambda count: fits(count, count))
