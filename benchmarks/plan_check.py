@@ -342,11 +342,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.rank_of:
+        from imitate_ds.distributed import leave_world
+
         case = Case(*json.loads(arguments.rank_of))
         kinds = {"link": link_of_a_rank, "hooks": lambda: hooks_of_a_rank(case.zero)}
         answer = kinds.get(case.encoder, lambda: steps_of_a_rank(case, arguments.steps))()
         arguments.answer.write_text(json.dumps(answer))
-        return
+        leave_world()  # as every entrance does; gloo's threads, left to the interpreter's end, may abort it
     cases = [case for case in CASES if arguments.only in case.name]
     print(show(compare(cases, arguments.steps, arguments.out)))
 

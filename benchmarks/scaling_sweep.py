@@ -1,9 +1,10 @@
 """What a scaling sweep comes to on this machine, and how long it takes (benchmarks/scaling.py is about the loss alone).
 
-    python benchmarks/scaling_sweep.py --jobs 2 --out benchmarks/results/scaling_phantom_cpu.json
+    python benchmarks/scaling_sweep.py --jobs 2
 
 What `imitate-ds scale` does, which goes on where it was stopped: `seconds` are those of this call, and tell how long a sweep
-takes only where `runs_before` is 0. Writes scaling.json, with machine, date and commit, and nothing of a sample; prints the laws.
+takes only where `runs_before` is 0. Writes what scaling.json says, with machine, date and commit, and nothing of a sample;
+prints the laws.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, provenance, table
+from common import REPOSITORY, machine, provenance, table
 
 from imitate_ds.scale import scale
 from imitate_ds.scale_config import load_scale_config
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("launch/runs/scale_phantom.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/scaling_phantom_cpu.json")
     given = parser.parse_args()
     folder = load_scale_config(given.config, given.set).folder
     path = folder / "scaling.json"
@@ -61,9 +62,8 @@ def main() -> None:
     took = {"seconds": round(time.perf_counter() - began), "jobs": given.jobs, "runs_before": len(before)}
     found = json.loads(path.read_text())
     print(table(["figure", "against", "line", "runs", "a", "b", "c"], law_rows(found["lines"])))
-    if given.out:
-        values = {"machine": machine(torch.device("cpu")), **provenance(), **took, **found}
-        given.out.write_text(json.dumps(values, indent=1) + "\n")
+    values = {"machine": machine(torch.device("cpu")), **provenance(), **took, **found}
+    given.out.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -557,9 +557,10 @@ def add_share_of_loss(rows: dict[str, Any], loss: dict[str, Any]) -> None:
 def utilisation(cell: dict[str, Any], precision: str, name: str) -> float | None:
     """Of the peak of the device, by the operations that were counted; None where no peak is known."""
     device = find_device(name)
-    if device is None or "note" in cell or precision not in device.tflops:
+    peak = device and device.peak(precision, convolved=1.0)  # type: ignore[arg-type]  # a name of Precision
+    if not peak or "note" in cell:
         return None
-    return cell["gflop_a_study"] * cell["pairs_per_second"] / 1e3 / device.tflops[precision]  # type: ignore[index]
+    return cell["gflop_a_study"] * 1e9 * cell["pairs_per_second"] / peak
 
 
 def parse() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from imitate_ds.data.split_lists import Part, make_split_lists
 from imitate_ds.evaluate import Protocol, evaluate_grounding, evaluate_retrieval, evaluate_zero_shot
 from imitate_ds.evaluation.benchmark_table import Entry, write_benchmark
 from imitate_ds.finetune_config import FinetuneConfig
-from imitate_ds.planned_runs import LIST, Say, first_twin, run_planned, write_list, write_run_files
+from imitate_ds.planned_runs import LIST, Say, first_twin, has_finished, run_planned, write_list, write_run_files
 
 
 class Cell(NamedTuple):
@@ -44,7 +44,8 @@ def benchmark(
     if twin := first_twin(runs):
         raise ValueError(f"tasks, encoders: two cells of the table would be called {twin}; rename one of them")
     write_run_files(runs, plan="benchmark")
-    line = write_list(runs, config.folder / LIST, "launch/finetune.sbatch")
+    left = [run for run in runs if not has_finished(run)]
+    line = write_list(runs, left, config.folder / LIST, "launch/finetune.sbatch")
     if prepare:
         say(line)
         return []

@@ -1,7 +1,8 @@
 """Many runs that were planned together, of a benchmark or of a scaling sweep: each a folder, its run file and log beside it.
 
 A plan that was stopped goes on where it was: a run that has finished is not run again, and one that has not resumes. A run that
-fails is named, with its reason, and does not stop the others. For an array of jobs there is a list of run files.
+fails is named, with its reason, and does not stop the others. For an array of jobs there is a list of run files, whose lines stay
+where they are: a task that waits in the queue, or is put back into it, finds its run by the number of the line.
 """
 
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from imitate_ds.config import RunConfig
+from imitate_ds.data.shard_index import write_atomic
 from imitate_ds.finetune_config import FinetuneConfig
 from imitate_ds.run_file import dump_settings
 from imitate_ds.training.run_state import read_run_state
@@ -59,11 +61,26 @@ def write_run_files(configs: Sequence[Config], *, plan: str) -> None:
         path.write_text(text)
 
 
-def write_list(configs: Sequence[Config], path: Path, script: str, *arguments: str) -> str:
-    """The run files, one a line, for an array of jobs; and the line that submits it."""
-    path.write_text("".join(f"{run_file(config)}\n" for config in configs))
-    line = f"RUNS={path} sbatch --array=0-{len(configs) - 1} ... {' '.join([script, *arguments])}"
-    return f"{len(configs)} run files, listed in {path}: {line}"
+def write_list(configs: Sequence[Config], left: Sequence[Config], path: Path, script: str, *arguments: str) -> str:
+    """All run files, one a line, for an array of jobs; and the line that submits those that are left.
+
+    What the list held before keeps its line, also where the plan has changed.
+    """
+    files = [str(run_file(config)) for config in configs]
+    lines = list(dict.fromkeys([*(path.read_text().splitlines() if path.is_file() else []), *files]))
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    listed = f"{len(files)} run files, listed in {path}"
+    if not left:
+        return f"{listed}; none is left to submit"
+    tasks = _ranges({lines.index(str(run_file(config))) for config in left})
+    return f"{listed}: RUNS={path} sbatch --array={tasks} ... {' '.join([script, *arguments])}"
+
+
+def _ranges(numbers: set[int]) -> str:
+    """As sbatch has them: 0-3,7."""
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
 def run_planned(configs: Sequence[Config], entrance: Entrance, *, jobs: int, say: Say) -> dict[str, str]:

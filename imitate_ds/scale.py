@@ -1,7 +1,7 @@
 """A scaling sweep, an entrance: pre-training at every size that the axes of a sweep name, and the laws in what comes of it.
 
-How its runs are gone on with, planned_runs.py says. `--slurm` trains nothing: it writes the run files, a list of those that have
-not finished for an array of jobs (launch/pretrain.sbatch), and the page of those that have.
+How its runs are gone on with, planned_runs.py says. `--slurm` trains nothing: it writes the run files, a list of them for an
+array of jobs (launch/pretrain.sbatch), and the page of those that have finished; it says the line that submits what is left.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 
 from imitate_ds.config import RunConfig
 from imitate_ds.data.shard_index import ShardIndex
+from imitate_ds.data.shard_store import is_remote
 from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.evaluate import evaluate_probe
 from imitate_ds.evaluation.scaling_page import write_scaling
@@ -29,7 +30,8 @@ from imitate_ds.planned_runs import (
     write_list,
     write_run_files,
 )
-from imitate_ds.scale_config import ScaleConfig, load_scale_config
+from imitate_ds.scale_config import ScaleConfig, ScaleProbe, load_scale_config
+from imitate_ds.status import GOES_ON, read_statuses
 from imitate_ds.training.run_state import read_run_state
 
 SCRIPT = "launch/pretrain.sbatch"
@@ -56,15 +58,14 @@ def scale(
         raise ValueError(f"axes.encoders: two runs would be called {twin}; rename one of the encoders")
     say(_size(config, cells))
     write_run_files(runs, plan="sweep")
-    left = [run for run in runs if not has_finished(run)]
     failed: dict[str, str] = {}
-    if slurm and left:
-        say(write_list(left, config.folder / LIST, SCRIPT, "--set", "train.resume=true"))
-    elif left:
+    if slurm:
+        say(write_list(runs, _left(runs), config.folder / LIST, SCRIPT, "--set", "train.resume=true"))
+    else:
         failed = run_planned(runs, "pretrain", jobs=jobs, say=say)
     if config.probe and not slurm:
         failed |= _probe(config, runs, say)
-    write_scaling(config.folder, config.name, _rows(cells, failed), synthetic=all(f.synthetic for f in folders))
+    write_scaling(config.folder, config.name, _rows(config, cells, failed), synthetic=all(f.synthetic for f in folders))
     say(f"written: {config.folder / 'scaling.html'}, scaling.csv, scaling.json")
     return list(failed)
 
@@ -84,11 +85,22 @@ def _check_encoders_and_open(config: ScaleConfig) -> list[ShardIndex]:
             raise ValueError(
                 f"axes.encoders.{encoder}.data.shards: all runs of a sweep must read the same; set it in `run`"
             )
-    if config.probe and not folders[0].labels:
-        raise ValueError(
-            f"probe: {folders[0].root} has no labels to probe for; set probe: null, or build shards with labels"
-        )
+    if config.probe:
+        _check_probe(config.probe, runs[0].data.shards[0].shards, folders[0])
     return folders
+
+
+def _check_probe(probe: ScaleProbe, place: str, folder: ShardIndex) -> None:
+    """Now, and not when the first run has been trained."""
+    if is_remote(place):
+        raise ValueError(
+            f"probe: {place} is not on this machine, where a probe reads its samples; set probe: null, or copy them"
+        )
+    if not folder.labels:
+        raise ValueError(f"probe: {place} has no labels to probe for; set probe: null, or build shards with labels")
+    for name, split in zip(("split", "train_split"), probe.splits, strict=True):
+        if split not in folder.splits:
+            raise ValueError(f"probe.{name} = {split!r}: {place} has {', '.join(folder.splits)}; name one of them")
 
 
 def _cells(config: ScaleConfig, folders: Sequence[ShardIndex]) -> Iterator[Cell]:
@@ -114,7 +126,7 @@ def _cell(
     """The run of one place in the sweep; studies: that it sees, 0 where its epochs decide."""
     seen = f"-n{studies}" if studies else ""
     settings: dict[str, Any] = {
-        "name": f"{encoder}-b{batch}-{negatives}-d{share:g}{seen}-s{seed}",
+        "name": f"{encoder}-b{batch}-{negatives}-d{share:.15g}{seen}-s{seed}",
         "seed": seed,
         "data": {"share": share},
         "objective": {"negatives": {"scope": negatives}},
@@ -128,7 +140,7 @@ def _cell(
         run = config.run_of(encoder, **settings)
     steps = plan.steps_per_epoch * run.train.epochs
     steps = min(steps, run.train.max_steps or steps)
-    return Cell(Planned(encoder, batch, negatives, share, studies, seed, plan.samples, steps), run)
+    return Cell(Planned(encoder, batch, negatives, share, studies, seed, plan.different, steps), run)
 
 
 def _size(config: ScaleConfig, cells: Sequence[Cell]) -> str:
@@ -139,12 +151,18 @@ def _size(config: ScaleConfig, cells: Sequence[Cell]) -> str:
     return f"{config.name}: {len(cells)} runs of {studies:,} studies together{done}"
 
 
+def _left(runs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Those that neither have finished nor go on."""
+    statuses = read_statuses(run.run_dir for run in runs)
+    return [run for run, status in zip(runs, statuses, strict=True) if status.state not in ("finished", *GOES_ON)]
+
+
 def _probe(config: ScaleConfig, runs: Sequence[RunConfig], say: Say) -> dict[str, str]:
     """Probe the exports that were not yet; those that cannot be, and why."""
     assert config.probe is not None
     failed = {}
     for run in runs:
-        if not has_finished(run) or probe_figure(run.run_dir):
+        if not has_finished(run) or probe_figure(run.run_dir, config.probe.splits):
             continue
         say(f"probe  {run.name}")
         shards = Path(run.data.shards[0].shards)
@@ -152,17 +170,17 @@ def _probe(config: ScaleConfig, runs: Sequence[RunConfig], say: Say) -> dict[str
             evaluate_probe(
                 run.run_dir / "export", shards, run.run_dir, config.probe.split, train_split=config.probe.train_split
             )
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the page is written all the same
             failed[run.name] = f"probe: {error}"
             say(f"probe  {run.name}: {error}")
     return failed
 
 
-def _rows(cells: Sequence[Cell], failed: dict[str, str]) -> list[ScalingRow]:
-    rows = []
+def _rows(config: ScaleConfig, cells: Sequence[Cell], failed: dict[str, str]) -> list[ScalingRow]:
+    rows, splits = [], config.probe.splits if config.probe else None
     for cell in cells:
         state = read_run_state(cell.config.run_dir)
         if reason := failed.get(cell.config.name):
             state = {**state, "reason": reason} | ({} if has_finished(cell.config) else {"state": "failed"})
-        rows.append(read_row(cell.planned, cell.config.run_dir, state))
+        rows.append(read_row(cell.planned, cell.config.run_dir, state, splits))
     return rows

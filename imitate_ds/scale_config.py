@@ -42,12 +42,17 @@ Axis = (BeforeValidator(_as_tuple), AfterValidator(_distinct))
 class ScaleAxes(Section):
     """What is swept, every value with every other. An axis that is left out has the one value that `run` says."""
 
-    # [resnet18, resnet50], or {small: {model: {image_encoder: resnet18}, optim: {lr: 1e-3}}, ...}: laid over `run`
+    # [resnet18, resnet50], or with settings of each laid over `run`: {resnet18: {}, resnet50: {optim: {lr: 5e-4}}}. A name is
+    # timm's, unless `run` or the settings say model.image_encoder: {small: {model: {image_encoder: resnet18}}}.
     encoders: Annotated[dict[Named, dict[str, Any]], BeforeValidator(_as_encoders), AfterValidator(_named)]
-    batch_sizes: Annotated[tuple[int, ...], *Axis] = ()  # train.global_batch_size; the learning rate stays as it is
+    batch_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=2)], ...], *Axis
+    ] = ()  # train.global_batch_size; the learning rate stays as it is
     negatives: Annotated[tuple[Literal["global", "local"], ...], *Axis] = ()  # objective.negatives.scope
     shares: Annotated[tuple[float, ...], *Axis] = ()  # data.share, of the training patients
-    studies: Annotated[tuple[int, ...], *Axis] = ()  # that a run sees, in as many steps and epochs as that takes
+    studies: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...], *Axis
+    ] = ()  # that a run sees, in as many steps and epochs as that takes
     seeds: Annotated[
         tuple[int, ...], *Axis
     ] = ()  # of weights, order, views and drawn patients; two and more give intervals
@@ -58,6 +63,10 @@ class ScaleProbe(Section):
 
     split: str = "val"
     train_split: str = "train"
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        return self.split, self.train_split
 
 
 class ScaleConfig(Section):
@@ -76,7 +85,8 @@ class ScaleConfig(Section):
         """The run file of one encoder with further settings. Raises ValueError naming the key, below axes.encoders.ENCODER."""
         ours = {"name": name, "output_dir": str(self.folder / "runs"), "share": self.share}
         try:
-            return build_run_config(merged(merged(merged(self.run, self.axes.encoders[encoder]), ours), settings))
+            run = merged({"model": {"image_encoder": encoder}}, self.run)
+            return build_run_config(merged(merged(merged(run, self.axes.encoders[encoder]), ours), settings))
         except ValueError as error:
             raise ValueError(f"run, axes.encoders.{encoder}: {error}") from None
 

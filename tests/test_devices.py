@@ -28,7 +28,7 @@ def test_what_is_not_listed_has_no_peak() -> None:
 
 
 def test_short_names_are_checked() -> None:
-    assert device_called("h200").gib == 141
+    assert device_called("h200").tflops["bf16"] == 989.4
     with pytest.raises(ValueError, match=r"--gpu h300: .* must be one of v100-16, .*h200"):
         device_called("h300")
 
@@ -36,5 +36,15 @@ def test_short_names_are_checked() -> None:
 @pytest.mark.parametrize("short", DEVICES)
 def test_half_precision_is_at_least_as_fast(short: str) -> None:
     peaks = DEVICES[short].tflops
-    assert peaks["fp16"] >= 2 * peaks["fp32"] * 0.98
+    assert peaks["fp16"] >= 2 * DEVICES[short].tf32 * 0.98
+    assert DEVICES[short].tf32 >= peaks["fp32"]
     assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"]
+
+
+def test_float32_convolves_in_tf32_and_multiplies_without() -> None:
+    h100, v100 = DEVICES["h100-80"], DEVICES["v100-16"]
+    assert h100.peak("fp32") == pytest.approx(66.9e12)
+    assert h100.peak("fp32", convolved=1.0) == pytest.approx(494.7e12)
+    assert h100.peak("fp32", convolved=0.5) == pytest.approx(2e12 / (1 / 66.9 + 1 / 494.7))
+    assert h100.peak("bf16", convolved=0.5) == pytest.approx(989.4e12)
+    assert v100.peak("bf16") is None

@@ -106,6 +106,11 @@ def test_an_array_takes_its_run_from_a_list(repository, seen, run_file):
     assert step[step.index("--config") :] == ["--config", str(run_file), "--set", "name=run"]
     beyond = run_script(repository, seen, **{**given, "SLURM_ARRAY_TASK_ID": "2"})
     assert (beyond.returncode, "has no line for task 2" in beyond.stderr) == (2, True)
+    (seen / "srun").unlink()
+    (seen / "run" / "state.json").write_text('{\n"state": "finished",\n"job": "70"\n}\n')
+    again = run_script(repository, seen, "--set", "name=run", **given)
+    assert (again.returncode, "has finished already; nothing to do" in again.stdout) == (0, True)
+    assert not (seen / "srun").exists()
 
 
 def state(name: str, job: str = "71", **values) -> str:

@@ -62,7 +62,10 @@ def scale(
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value, overrides one setting.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once on this machine, each a process of its own.")] = 1,
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="Train nothing: list what is left for an array of jobs, and draw the page.")
+        bool,
+        typer.Option(
+            "--slurm", help="Train nothing: list the runs for an array of jobs, say what is left, draw the page."
+        ),
     ] = False,
 ) -> None:
     """Pre-train at every size that a sweep names, and fit power laws; goes on where it was stopped."""
@@ -208,13 +211,14 @@ def plan(
     from imitate_ds.devices import device_called
     from imitate_ds.planning.assumptions import gpu_machine
     from imitate_ds.planning.planner import make_plan
-    from imitate_ds.planning.report import plan_values, plan_view
+    from imitate_ds.planning.report import plan_values, plan_view, settings_line
 
     run, device = load_run_config(config, override), device_called(gpu)
     machine = gpu_machine(gpu, device, run.train, nodes=nodes, per_node=gpus_per_node, interconnect=interconnect)
     with errors.status("tracing a step"):
         found = make_plan(run, machine, studies=studies)
     console.print(plan_view(found))
+    console.print(f"\n{settings_line(found)}", style="bold", highlight=False, markup=False, soft_wrap=True)
     if json_file:
         json_file.write_text(json.dumps(plan_values(found), indent=1) + "\n")
         say(f"written: {json_file}")

@@ -79,6 +79,11 @@ class ShardPlan:
         self._epoch, self._order = -1, np.empty((0, 0), dtype=np.int64)
         self._substitutes: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
+    @property
+    def different(self) -> int:
+        """Samples that can be visited; `samples` counts how many an epoch visits, by the folders' weights."""
+        return int(self._folder_starts[-1])
+
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
 

@@ -14,7 +14,8 @@ from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import t as student
 
 LEAST_RUNS = 4  # of an interval
-LEAST_SETTINGS = 3  # of a law: through two points there is always one
+LEAST_SIZES = 3  # of a law: through two points there is always one
+ALIKE = 0.01  # sizes that differ by a smaller share are one
 FLOOR_STARTS = (0.3, 0.7, 0.9, 0.98)  # shares of the smallest y that the search for a floor begins at
 
 Interval = tuple[float, float]
@@ -51,7 +52,7 @@ class PowerLaw(NamedTuple):
 
 
 def fit_power_law(x: ArrayLike, y: ArrayLike, settings: Iterable[Any]) -> PowerLaw | None:
-    """The law with a floor where that is worth its parameter (AICc), else without; None for too few settings.
+    """The law with a floor where that is worth its parameter (AICc), else without; None for too few settings, or too few x.
 
     x, y > 0 of each run; settings: equal for runs that differ in their seed alone. The intervals are those of least squares
     (Student's t), which takes the scatter of the runs about the law, between seeds and because it is not quite a law, for
@@ -60,12 +61,14 @@ def fit_power_law(x: ArrayLike, y: ArrayLike, settings: Iterable[Any]) -> PowerL
     values = np.array([x, y], dtype=float)
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise ValueError("x, y: must be positive numbers, to stand in a power law")
-    distinct = len(set(settings))
-    if distinct < LEAST_SETTINGS or np.ptp(values[0]) == 0:
-        return None
     log_x, log_y = np.log(values)
+    distinct = len(set(settings))
+    ordered = np.sort(log_x)
+    sizes = min(distinct, 1 + int((ordered[1:] - ordered[:-1] > ALIKE).sum()))
+    if sizes < LEAST_SIZES:
+        return None
     plain = _Fit.of(_line, log_x, log_y, (log_y.mean(), 0.0))
-    floored = _with_floor(log_x, log_y) if distinct > LEAST_SETTINGS else None
+    floored = _with_floor(log_x, log_y) if sizes > LEAST_SIZES else None
     best = floored if floored and floored.aicc < plain.aicc else plain
     return _law(best, np.exp(log_x), why_not=_why_no_interval(len(log_x), distinct))
 

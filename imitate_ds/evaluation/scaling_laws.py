@@ -11,7 +11,10 @@ FRONTIER = "best for its compute"
 
 
 class Axis(NamedTuple):
-    """Against what a figure is drawn: along a line it is swept, and all but `free` and the seed is the same."""
+    """Against what a figure is drawn: along a line it is swept, and all but `free` and the seed is the same.
+
+    Where runs have budgets the share of the data is no compute, and is the same along a line of compute.
+    """
 
     name: str  # of a field of ScalingRow
     label: str
@@ -72,17 +75,20 @@ def lines_of(rows: Sequence[ScalingRow], axis: Axis, measure: Measure) -> list[L
     """A line for all that is swept besides the axis; against compute also that of the best. None where the axis is not swept.
 
     Against compute the runs of an encoder that all took the same are points above each other, on no line but that of the best.
-    A training loss grows with the batch whatever is learned, so it is not drawn against that.
+    A training loss grows with the batch and its negatives whatever is learned, so it is not drawn against the batch, and there
+    is no best of runs that differ in either.
     """
     if (measure.name, axis.name) == ("train_loss", "batch"):
         return []
     known = [row for row in rows if row.finished and getattr(row, axis.name) and measure.of(row)]
-    fixed = [name for name in PLACE if name not in axis.free]
+    budgeted = axis.name == "flops" and any(row.budget for row in known)
+    fixed = [name for name in PLACE if name not in axis.free or (budgeted and name == "share")]
     told = [name for name in fixed if len({getattr(row, name) for row in known}) > 1]
     groups: dict[tuple[Any, ...], list[ScalingRow]] = {}
     for row in known:
         groups.setdefault(tuple(getattr(row, name) for name in fixed), []).append(row)
-    best = axis.name == "flops" and len(groups) > 1
+    comparable = measure.name != "train_loss" or not {"batch", "negatives"} & set(told)
+    best = axis.name == "flops" and len(groups) > 1 and comparable
     swept = [group for group in groups.values() if best or _is_swept(group, axis)]
     lines = [_line(axis, measure, _named(group[0], told), group) for group in swept]
     if best:
@@ -132,7 +138,7 @@ def _named(row: ScalingRow, told: Sequence[str]) -> str:
         "encoder": row.encoder,
         "batch": f"batch {row.batch}",
         "negatives": f"{row.negatives} negatives",
-        "share": f"{row.share:.3g} of the data",
+        "share": f"{row.share:.15g} of the data",
         "budget": f"{row.budget:,} studies seen",
     }
     return ", ".join(words[name] for name in told) or "all runs"

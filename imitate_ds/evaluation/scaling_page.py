@@ -117,7 +117,7 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.tick_params(labelsize=7, which="both")
-    axes.legend(fontsize=6.5)
+    axes.legend(fontsize=6.5, ncols=1 + len(lines) // 12)
 
 
 def _means(line: Line) -> tuple[list[float], list[float]]:
@@ -138,7 +138,7 @@ def _law_table(lines: Sequence[Line]) -> str:
     for line in (line for line in lines if len(set(line.x)) > 1):
         start = [escape(line.name), escape(line.axis.label), str(len(line.x))]
         if line.law is None:
-            body.append([*start, *[""] * 3, "<small>fewer than three sizes give no law</small>"])
+            body.append([*start, *[""] * 3, "<small>fewer than three different sizes give no law</small>"])
             continue
         given = [_with_interval(line.law, name) for name in ("floor", "scale", "exponent")]
         body.append([*start, *given, f"<small>{escape(line.law.why_no_interval)}</small>"])

@@ -62,11 +62,16 @@ class ScalingRow(NamedTuple):
         return self.state == "finished"
 
 
-def read_row(planned: Planned, folder: Path, state: Mapping[str, Any]) -> ScalingRow:
-    """state: of state.json, empty where there is none. Raises ValueError for a counters.json of another format."""
+def read_row(
+    planned: Planned, folder: Path, state: Mapping[str, Any], splits: tuple[str, str] | None = None
+) -> ScalingRow:
+    """state: of state.json, empty where there is none. splits: that the probe scores, and that it is fitted on; None: no probe.
+
+    Raises ValueError for a counters.json of another format.
+    """
     records = training_records(folder / RECORDS)
     counters = read_counters(folder / COUNTERS)
-    probe = probe_figure(folder) or {}
+    probe = (splits and probe_figure(folder, splits)) or {}
     steps, ranks = state.get("step", 0), state.get("ranks")
     seen = steps * planned.batch
     cost, peak = counters.get("flops_per_study"), counters.get("peak_flops")
@@ -116,9 +121,12 @@ def read_counters(path: Path) -> dict[str, Any]:
     return values
 
 
-def probe_figure(folder: Path) -> dict[str, Any] | None:
-    """Of all training labels; None where the run was not probed."""
-    return next((one["metrics"].get(PROBE_FIGURE) for one in load_results(folder) if one["task"] == "probe"), None)
+def probe_figure(folder: Path, splits: tuple[str, str]) -> dict[str, Any] | None:
+    """Of all training labels; None where the run was not probed, or on other splits than those that are scored and fitted on."""
+    probe = next((one for one in load_results(folder) if one["task"] == "probe"), None)
+    if probe is None or (probe["data"].get("split"), probe["settings"].get("train_split")) != splits:
+        return None
+    return probe["metrics"].get(PROBE_FIGURE)
 
 
 def _of(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:

@@ -68,6 +68,17 @@ class Precision(NamedTuple):
         return self.weights < FLOAT
 
 
+class Work(NamedTuple):
+    """A step, the ZeRO stage that it is taken under, and the machine that takes it."""
+
+    traces: Traces
+    loss: LossCost
+    size: Size
+    precision: Precision
+    stage: Stage
+    machine: Machine
+
+
 class Placed(NamedTuple):
     """Bytes of one rank by kind, at the moment when they are most."""
 
@@ -115,20 +126,10 @@ def precision_of(train: TrainConfig, *, has_batch_norm: bool) -> Precision:
 
 
 def place(
-    traces: Traces,
-    loss: LossCost,
-    size: Size,
-    precision: Precision,
-    stage: Stage,
-    machine: Machine,
-    *,
-    studies: int,
-    chunk: int,
-    batch_bytes: float,
-    features_bytes: float,
-    end: str = "likely",
+    work: Work, *, studies: int, chunk: int, batch_bytes: float, features_bytes: float, end: str = "likely"
 ) -> Placed:
     """studies: of this rank and step; chunk: of them pass the encoder together. Bytes of a study: batch_bytes, features_bytes."""
+    traces, loss, size, precision, stage, machine = work
     ranks, rates = machine.ranks, machine.rates[end]
     whole = size.trained * precision.weights
     state = _states(size, precision, stage, ranks)
@@ -136,12 +137,16 @@ def place(
     trace = traces.at(chunk)
     batch = (studies - chunk) * batch_bytes if cached else 0.0
     features = 3 * studies * features_bytes if cached else 0.0  # of the chunks, joined, and their gradients
-    # Gradients stay in the parameters while they are added up; ZeRO-2 and 3 move them to a bucket, on a GPU all of it there.
-    reserved = machine.on_cuda and stage.stage >= 2 and not cached
+    # Gradients stay in the parameters while they are added up; ZeRO-3 moves them to a bucket, and on a GPU ZeRO-2 does too.
+    reserved = (stage.stage == 3 or (machine.on_cuda and stage.stage == 2)) and not cached
     in_place = 0.0 if reserved else 1.0
-    buckets = _buckets(size, precision, stage) if machine.on_cuda else 0.0
+    # From the second chunk on all of them are there from the start.
+    finished = whole if cached else _finished_at_peak(trace, in_place)
+    alive = trace.peak() if cached else trace.peak(in_place) - finished
+    buckets = _buckets(size, precision, stage, on_cuda=machine.on_cuda)
     gathered = {"gathered embeddings": loss.gathered}
     lasting = {"communication buckets": buckets if stage.stage == 3 else 0.0}
+    flushed = _flushed(size, precision, stage)
 
     moments = {
         "loss": gathered
@@ -153,10 +158,10 @@ def place(
         },
         "backward": gathered
         | {
-            "activations": batch + features + trace.peak(in_place) - _finished_at_peak(trace, in_place),
-            "gradients": _finished_at_peak(trace, in_place),
+            "activations": batch + features + alive,
+            "gradients": finished,
             "loss buffers": 0.0 if cached else loss.saved,
-            "communication buckets": lasting["communication buckets"] if cached else buckets,
+            "communication buckets": lasting["communication buckets"] if cached else buckets + flushed,
             "parameters": _gathered_parameters(size, precision, stage, ranks),
         },
         "reduction": gathered
@@ -206,13 +211,23 @@ def _gathered_parameters(size: Size, precision: Precision, stage: Stage, ranks: 
     return min(size.trained - size.small, stage.live) * precision.weights
 
 
-def _buckets(size: Size, precision: Precision, stage: Stage) -> float:
-    """Buffers of a fixed size, one for each dtype that gradients travel in, and a second of each to overlap."""
+def _buckets(size: Size, precision: Precision, stage: Stage, *, on_cuda: bool) -> float:
+    """Buffers of a fixed size, one for each dtype that gradients travel in, and a second of each to overlap.
+
+    A CPU's memory is taken where it is written to: ZeRO-3's bucket stays when gradients have filled it.
+    """
+    if not on_cuda:
+        return min(size.trained, stage.bucket) * precision.weights * (stage.stage == 3)
     if not stage.stage:
         return 0.0
     if stage.stage == 3:
         return stage.bucket * (2 + FLOAT if precision.autocast else precision.weights)
     return stage.bucket * precision.weights * (1 + precision.autocast) * (1 + stage.overlap)
+
+
+def _flushed(size: Size, precision: Precision, stage: Stage) -> float:
+    """ZeRO-3's copy of a full bucket, in the order of the ranks, while the backward pass goes on."""
+    return stage.bucket * precision.weights * (stage.stage == 3 and size.trained > stage.bucket)
 
 
 def _reduction(size: Size, precision: Precision, stage: Stage, ranks: int) -> float:

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from imitate_ds.config import RunConfig
-from imitate_ds.planning.assumptions import GIB, Machine, assumed
+from imitate_ds.planning.assumptions import GIB, UNSEEN, Machine, assumed
 from imitate_ds.planning.loss import LossCost, loss_cost
-from imitate_ds.planning.memory import Placed, Stage, place, read_stage
+from imitate_ds.planning.memory import Placed, Stage, Work, place, read_stage
 from imitate_ds.planning.step_time import StepTime, step_time
 from imitate_ds.planning.subject import Subject, read_data, study_run
 from imitate_ds.training.engine import deepspeed_config
@@ -74,7 +74,7 @@ def _option(subject: Subject, machine: Machine, stage: Stage) -> Option:
     cautious = partial(placed_at, subject, machine, stage, end="low")
 
     def fits(studies: int, chunk: int) -> bool:
-        return cautious(studies=studies, chunk=chunk).total <= machine.memory
+        return UNSEEN * cautious(studies=studies, chunk=chunk).total <= machine.memory
 
     wanted = subject.studies
     largest = _largest(lambda count: fits(count, count))
@@ -126,38 +126,21 @@ def _loss_at(subject: Subject, machine: Machine, studies: int) -> LossCost:
     )
 
 
+def _work(subject: Subject, machine: Machine, stage: Stage, studies: int) -> Work:
+    loss = _loss_at(subject, machine, studies)
+    return Work(subject.traces, loss, subject.size, subject.precision, stage, machine)
+
+
 def placed_at(
     subject: Subject, machine: Machine, stage: Stage, *, studies: int, chunk: int, end: str = "likely"
 ) -> Placed:
-    loss = _loss_at(subject, machine, studies)
     sizes = {"batch_bytes": subject.batch_bytes, "features_bytes": subject.features_bytes}
-    return place(
-        subject.traces,
-        loss,
-        subject.size,
-        subject.precision,
-        stage,
-        machine,
-        studies=studies,
-        chunk=chunk,
-        end=end,
-        **sizes,
-    )
+    return place(_work(subject, machine, stage, studies), studies=studies, chunk=chunk, end=end, **sizes)
 
 
 def timed_at(subject: Subject, machine: Machine, stage: Stage, *, chunk: int, end: str) -> StepTime:
-    loss = _loss_at(subject, machine, subject.studies)
-    return step_time(
-        subject.traces,
-        loss,
-        subject.size,
-        subject.precision,
-        stage,
-        machine,
-        studies=subject.studies,
-        chunk=chunk,
-        end=end,
-    )
+    studies = subject.studies
+    return step_time(_work(subject, machine, stage, studies), studies=studies, chunk=chunk, end=end)
 
 
 def _choose(possible: list[Option], config: RunConfig) -> Option:

@@ -11,6 +11,11 @@ from imitate_ds.planning.assumptions import ASSUMED, GIB
 from imitate_ds.planning.memory import KINDS
 from imitate_ds.planning.planner import ENDS, Option, Plan, outlook
 
+CAUTION = (
+    "No figure of ours stands behind the times: shares of the peaks, of bandwidth and links are assumptions from published "
+    "figures, and the range is theirs. Validation, checkpoints and waiting for data come on top. --json lists every constant."
+)
+
 
 def plan_view(plan: Plan) -> Group:
     return Group(
@@ -18,9 +23,13 @@ def plan_view(plan: Plan) -> Group:
         _time_view(plan),
         _run_view(plan),
         Text(f"\n{plan.why}\n"),
-        Text(_caution(plan), style="yellow"),
-        Text("\n" + " ".join(f"--set {setting}" for setting in plan.settings), style="bold"),
+        Text(CAUTION, style="yellow"),
     )
+
+
+def settings_line(plan: Plan) -> str:
+    """To be copied, so never to be wrapped."""
+    return " ".join(f"--set {setting}" for setting in plan.settings)
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -44,8 +53,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "set": plan.settings,
         "why": plan.why,
         "outlook": {end: outlook(plan, end)._asdict() for end in ENDS},
-        "measured_here": not machine.on_cuda,
-        "constants": _constants(plan),
+        "constants": {name: span._asdict() for name, span in ASSUMED.items()},
     }
 
 
@@ -60,13 +68,6 @@ def _option_values(option: Option) -> dict[str, Any]:
         | option.placed.kinds,
         "seconds": {end: {"total": time.total} | time._asdict() for end, time in option.times.items()},
     }
-
-
-def _constants(plan: Plan) -> dict[str, Any]:
-    """Every number that was not worked out: its range and where it comes from."""
-    if not plan.machine.on_cuda:
-        return dict(plan.machine.sources)
-    return {name: span._asdict() for name, span in ASSUMED.items()}
 
 
 def _memory_view(plan: Plan) -> Table:
@@ -146,12 +147,3 @@ def _duration(days: float) -> str:
     if days >= 2:
         return f"{days:.1f} days"
     return f"{days * 24:.1f} h" if days * 24 >= 2 else f"{days * 1440:.1f} min"
-
-
-def _caution(plan: Plan) -> str:
-    if not plan.machine.on_cuda:
-        return "Speeds were measured on this machine."
-    return (
-        "No figure of ours stands behind the times: shares of the peaks, of bandwidth and links are assumptions from published "
-        "figures, and the range is theirs. Validation, checkpoints and waiting for data come on top. --json lists every constant."
-    )

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from imitate_ds.planning.assumptions import Machine, Rates
-from imitate_ds.planning.loss import FLOAT, LossCost
-from imitate_ds.planning.memory import Precision, Size, Stage
-from imitate_ds.planning.trace import KINDS, Trace, Traces
+from imitate_ds.planning.loss import FLOAT
+from imitate_ds.planning.memory import Precision, Size, Stage, Work
+from imitate_ds.planning.trace import KINDS, Trace
 
 # Passes over what a rank owns of the optimizer, in bytes of an element: Adam reads and writes weight and both moments and reads
 # the gradient (28), the norm and clipping touch it three times (12), the weights are copied back (8).
@@ -33,19 +33,9 @@ class StepTime(NamedTuple):
         return sum(self)
 
 
-def step_time(
-    traces: Traces,
-    loss: LossCost,
-    size: Size,
-    precision: Precision,
-    stage: Stage,
-    machine: Machine,
-    *,
-    studies: int,
-    chunk: int,
-    end: str = "likely",
-) -> StepTime:
+def step_time(work: Work, *, studies: int, chunk: int, end: str = "likely") -> StepTime:
     """studies: of this rank and step; chunk: of them pass the encoder together."""
+    traces, loss, size, precision, stage, machine = work
     rates, chunks = machine.rates[end], studies / chunk
     trace = traces.at(chunk)
     seconds, bounded = _roofline(trace, rates)
@@ -57,9 +47,9 @@ def step_time(
     launching = max(0.0, rates.launch * len(seconds) + 2 * hooks - hidden * float(seconds.sum())) * chunks
     host = (rates.launch * trace.forward + hooks) * chunks
     again = (max(forward, host) if hidden else forward + host) if chunks > 1 else 0.0
-    reduce, gather = _gradient_seconds(size, precision, stage, machine.ranks, rates, backward=backward)
-    if stage.stage == 3:
-        gather = max(0.0, gather - (forward if stage.overlap else 0.0))
+    gather = _gathering_seconds(size, precision, stage, machine.ranks, rates, chunks=chunks)
+    if stage.stage == 3 and stage.overlap:
+        gather = max(0.0, gather - forward * (1 + (chunks > 1)))
     texts = max(0.0, loss.hidden_wire / rates.link - forward)
     norms = (
         2 * size.batch_norms * (chunks + (chunks > 1)) * rates.meet if machine.on_cuda and machine.ranks > 1 else 0.0
@@ -71,7 +61,7 @@ def step_time(
         float(again),
         max(loss.flops / rates.matmul, loss.moved / rates.bandwidth),
         _optimizer_seconds(size, precision, stage, machine, rates),
-        reduce,
+        _reducing_seconds(size, precision, stage, machine.ranks, rates, backward=backward),
         gather,
         texts + loss.wire / rates.link + loss.messages * rates.meet * (machine.ranks > 1) + norms,
     )
@@ -85,23 +75,39 @@ def _roofline(trace: Trace, rates: Rates) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(arithmetic, memory), arithmetic > memory
 
 
-def _gradient_seconds(
+def _reducing_seconds(
     size: Size, precision: Precision, stage: Stage, ranks: int, rates: Rates, *, backward: float
-) -> tuple[float, float]:
-    """Of reducing gradients and of gathering weights, by rings.
+) -> float:
+    """Of adding up gradients, by rings.
 
     DeepSpeed's ZeRO-1 and 2 add up all of every gradient on every rank (use_multi_rank_bucket_allreduce), ZeRO-3 scatters it.
     Only whole buckets go out while the backward pass runs, and most models fit into one.
     """
     if ranks == 1:
-        return 0.0, 0.0
+        return 0.0
     sent = size.trained * precision.weights - (size.lowered * 2 if precision.autocast and stage.stage else 0)
     around = (ranks - 1) / ranks
     reduce = (1 if stage.stage == 3 else 2) * around * sent / rates.link + rates.meet
     early = max(0.0, 1 - stage.bucket / size.trained) if stage.overlap else 0.0
-    reduce -= min(reduce * early, backward)
-    gather = around * size.trained * precision.weights / rates.link + rates.meet if stage.stage else 0.0
-    return reduce, gather
+    return reduce - min(reduce * early, backward)
+
+
+def _gathering_seconds(
+    size: Size, precision: Precision, stage: Stage, ranks: int, rates: Rates, *, chunks: float
+) -> float:
+    """Of bringing weights together, by rings: at ZeRO-1 and 2 after the step.
+
+    At ZeRO-3 in every forward pass, of which GradCache makes two a chunk, and again in the backward pass where a model has more
+    elements than may stay gathered; from the host first, where a rank's part lies there.
+    """
+    sent = (size.trained - size.small * (stage.stage == 3)) * precision.weights
+    once = (ranks - 1) / ranks * sent / rates.link + rates.meet if ranks > 1 and stage.stage else 0.0
+    if stage.stage < 3:
+        return once
+    if stage.offloads_parameters:
+        once += sent / ranks / rates.host_link
+    forward, backward = (2 * chunks, chunks) if chunks > 1 else (1, 1)
+    return once * (forward + backward * (size.trained - size.small > stage.live))
 
 
 def _optimizer_seconds(size: Size, precision: Precision, stage: Stage, machine: Machine, rates: Rates) -> float:

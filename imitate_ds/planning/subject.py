@@ -50,6 +50,10 @@ def read_data(config: RunConfig, ranks: int, studies: int | None) -> Data:
     batch = config.train.studies_of(ranks)
     places = [part.shards for part in config.data.shards]
     if all(not is_remote(place) and (Path(place) / INDEX).is_file() for place in places):
+        if studies is not None:
+            raise ValueError(
+                f"--studies {studies}: the index of {', '.join(places)} says how many there are; leave it out"
+            )
         folders = open_train_folders(config.data, check_files=False)
         plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=batch)
         steps, embedded = plan.steps_per_epoch, (folders[0].root / TEXT_INDEX).is_file()
@@ -78,8 +82,8 @@ def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
     """Trace the run's model. Its weights are neither read nor fetched. Raises ValueError as building it does."""
     if config.text.mode == "online":
         raise ValueError(
-            "text.mode = 'online': a text encoder in the step is not planned; ask with --set text.mode=cached and without its "
-            "other settings, and add what `imitate-ds profile` measures of the text encoder"
+            "text.mode = 'online': a text encoder in the step is not planned; ask with --set text={}, as if it were "
+            "cached, and add what `imitate-ds profile` measures of the text encoder"
         )
     batch = config.train.studies_of(machine.ranks)
     if batch < 2 * machine.ranks:

@@ -32,8 +32,9 @@ class Counters:
     """
 
     def __init__(self, run_dir: Path, engine: Any, precision: Precision, loss_flops: float):
-        self.run_dir, self.engine, self.precision, self.loss_flops = run_dir, engine, precision, loss_flops
-        self.peak = peak_flops(precision)
+        self.run_dir, self.engine, self.loss_flops = run_dir, engine, loss_flops
+        self.precision: Precision = precision
+        self.peak: float | None = None  # once a step was counted
         self.flops_by_part: dict[str, float] = {}
         self.again = 0.0
         self.memory: dict[str, float] = {}  # of this rank, MiB
@@ -101,6 +102,8 @@ class Counters:
         by_part = sum((Counter(found.by_part) for _, found in ranks), Counter())
         self.flops_by_part = {part: count / studies for part, count in by_part.items()} | {"loss": self.loss_flops}
         self.again = sum(found.again for _, found in ranks) / studies
+        convolutions = sum(found.convolutions for _, found in ranks) / studies
+        self.peak = peak_flops(self.precision, convolutions / self.flops_per_study)
         gradients = held_bytes(self.engine, training_device())["gradients"]  # now: the optimizer lets go of them
         self.memory = {kind: _mib(saved.most[kind]) for kind in ("activations", "loss")} | {
             "gradients": _mib(gradients)
@@ -126,10 +129,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_flops(precision: Precision) -> float | None:
-    """Of one device, by its data sheet; None where it has none, as a CPU."""
+def peak_flops(precision: Precision, convolved: float) -> float | None:
+    """Of one device, by its data sheet, at this share of convolutions; None where it has none, as a CPU."""
     device = find_device(device_name())
-    return device.tflops[precision] * 1e12 if device and precision in device.tflops else None
+    return device.peak(precision, convolved) if device else None
 
 
 def _mib(count: float) -> float:

@@ -31,6 +31,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return 2 * sdpa_flop_count(query, key, value)
 
 
+CONVOLUTIONS = (aten.convolution, aten._convolution, aten.convolution_backward)
 FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # which torch 2.14 has no formula for
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -46,6 +47,7 @@ class Flops:
 
     by_part: dict[str, int] = field(default_factory=dict)  # forward and backward once, whatever is computed twice
     again: int = 0
+    convolutions: int = 0  # of by_part
 
 
 @contextmanager
@@ -65,6 +67,7 @@ def count_flops(model: nn.Module) -> Iterator[Flops]:
             found.again += sum(products.values())
         elif name != OUTSIDE:
             found.by_part[name] = sum(products.values())
+            found.convolutions += sum(products.get(product, 0) for product in CONVOLUTIONS)
 
 
 class _Parts:

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from imitate_ds.data.shards import verify_shards
+from imitate_ds.scale import scale
+from imitate_ds.training.run_state import read_run_state
 from tests.cluster.conftest import STEPS
 from tests.cluster.runs import BATCH, Run
 from tests.cluster.slurm import REPOSITORY, wait_for
@@ -152,6 +154,41 @@ def test_an_array_builds_shards_in_parts(cluster, tmp_path):
     cluster.wait(job)
     wait_for(lambda: not cluster.run("squeue", "-h", "-j", str(job)), 60, what="all parts")
     assert verify_shards(tmp_path / "shards") == [], (tmp_path / "2.out").read_text()
+
+
+def test_a_sweep_is_an_array_whose_runs_are_trained_once(cluster, phantom_shards, tmp_path):
+    """What `imitate-ds scale --slurm` says is submitted; again while a run goes on; and again when all have finished."""
+    path, said = tmp_path / "sweep.yaml", []
+    train = {"epochs": 100, "max_steps": 150, "log_every": 10, "eval_every": 0, "images_every": 0}
+    model = {"joint_dim": 16, "text_hidden": 16, "aggregation": {"pool": 2, "heads": 2}}
+    run = {"data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0}, "model": model, "train": train}
+    axes = {"encoders": ["test_resnet"], "batch_sizes": [16], "shares": [0.5, 1.0], "seeds": [3]}
+    path.write_text(yaml.safe_dump({"name": "sweep", "output_dir": str(tmp_path), "axes": axes, "run": run}))
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANKS_PER_NODE": "1", "SLURM_WAIT": "10"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "RUNS": str(tmp_path / "sweep/runs.txt")}
+
+    def submit(array: str, output: str) -> int:
+        script, *arguments = said[1].partition(" ... ")[2].split()
+        options = (f"--array={array}", "--nodes=1", "--cpus-per-task=1", f"--output={tmp_path}/{output}-%a.out")
+        return cluster.submit(script, *arguments, options=options, environment=environment)
+
+    def wait(job: int) -> None:
+        wait_for(lambda: not cluster.run("squeue", "-h", "-j", str(job)), 120, what=f"the end of job {job}")
+
+    scale(path, slurm=True, say=said.append)
+    assert "sbatch --array=0-1 ... " in said[1]
+    first, folder = submit("0-1", "first"), tmp_path / "sweep/runs/test_resnet-b16-global-d0.5-s3"
+    wait_for(lambda: read_run_state(folder).get("state") == "running", 60, what="the first run")
+    wait(submit("0", "meanwhile"))
+    assert "being trained by job" in (tmp_path / "meanwhile-0.out").read_text()
+    wait(first)
+    wait(submit("0-1", "again"))
+    for number in range(2):
+        assert "status 0; the run is finished, step 150" in (tmp_path / f"first-{number}.out").read_text()
+        assert "has finished already; nothing to do" in (tmp_path / f"again-{number}.out").read_text()
+    scale(path, slurm=True, say=said.append)
+    assert said[-2].endswith("none is left to submit")
+    assert "2 of 2 runs have finished" in (tmp_path / "sweep/scaling.html").read_text()
 
 
 def test_fine_tuning_asked_to_end_goes_on(cluster, phantom_shards, tmp_path):

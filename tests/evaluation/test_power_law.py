@@ -84,6 +84,7 @@ def test_few_runs_and_one_seed_give_no_interval_and_say_so():
 def test_two_settings_are_no_law_whatever_the_number_of_seeds():
     assert fit_power_law([1, 1, 2, 2], [4, 4.1, 3, 3.1], [0, 0, 1, 1]) is None
     assert fit_power_law([5, 5, 5, 5], [4, 3, 2, 1], range(4)) is None
+    assert fit_power_law([5, 5.01, 9, 9, 9], [4, 4.1, 3, 2, 1], range(5)) is None, "as of two budgets at many shares"
 
 
 def test_what_has_no_logarithm_is_refused():

@@ -63,6 +63,17 @@ def test_a_row_is_what_the_files_of_a_run_say(tmp_path):
     assert read_row(planned, tmp_path, {"state": "finished", "step": 10, "ranks": 4}).mfu is None
     empty = read_row(planned, tmp_path / "none", {})
     assert (empty.state, empty.flops, empty.val_loss, empty.steps) == ("not begun", None, None, 0)
+    probe = {
+        "task": "probe",
+        "protocol": "strict",
+        "model": {},
+        "data": {"split": "val"},
+        "settings": {"train_split": "train"},
+    }
+    results = [{**probe, "metrics": {"100%/auroc_macro": {"value": 0.7, "low": 0.6, "high": 0.8}}}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+    splits = {("val", "train"): 0.7, ("test", "train"): None, ("val", "val"): None, None: None}
+    assert {of: read_row(planned, tmp_path, {}, of).auroc for of in splits} == splits
     (tmp_path / "counters.json").write_text('{"format": "x/2"}')
     with pytest.raises(ValueError, match=r"counters\.json: format = 'x/2': must be"):
         read_row(planned, tmp_path, {})
@@ -88,7 +99,7 @@ def test_runs_of_one_length_lie_on_the_line_of_the_best_alone(rows):
     sizes = {"small": 1.0, "large": 8.0, "huge": 30.0}
     budget = [
         _row("small", share, seed)._replace(
-            encoder=e, flops=1e12 * size, val_loss=5 * size**-0.2 / share**0.1 + seed / 100
+            encoder=e, budget=4800, flops=1e12 * size, val_loss=5 * size**-0.2 / share**0.1 + seed / 100
         )
         for e, size in sizes.items()
         for share in (0.25, 0.5, 1.0)
@@ -98,8 +109,20 @@ def test_runs_of_one_length_lie_on_the_line_of_the_best_alone(rows):
     assert [name for name, line in lines.items() if line.law] == [FRONTIER]
     assert lines[FRONTIER].law.exponent == pytest.approx(0.2, abs=0.02)  # type: ignore[union-attr]
     assert {row.share for row in lines[FRONTIER].rows} == {1.0}
-    assert {len(lines[name].rows) for name in sizes} == {6}
+    assert {len(line.rows) for name, line in lines.items() if name != FRONTIER} == {2}
+    assert "small, 0.25 of the data" in lines
     assert all(line.law for line in lines_of(budget, AXES[1], measures(budget)[0]))
+
+
+def test_of_several_budgets_a_law_of_compute_is_of_one_share():
+    rows = [
+        _row(share=share)._replace(budget=budget, flops=1e9 * budget, val_loss=9 * budget**-0.1 / share**0.2)
+        for budget in (1000, 4000, 16000)
+        for share in (0.5, 1.0)
+    ]
+    lines = lines_of(rows, AXES[0], measures(rows)[0])
+    assert [line.name for line in lines] == ["0.5 of the data", "1 of the data", FRONTIER]
+    assert all(line.law and line.law.exponent == pytest.approx(0.1) for line in lines)
 
 
 def test_a_failed_run_and_a_loss_that_is_not_of_all_stand_on_no_line(rows):
@@ -111,6 +134,8 @@ def test_a_failed_run_and_a_loss_that_is_not_of_all_stand_on_no_line(rows):
     batches = [_row(batch=batch, seed=seed) for batch in (16, 32, 64) for seed in (0, 1)]
     assert lines_of(batches, AXES[2], measures(batches)[0])[0].name == "all runs"
     assert lines_of(batches, AXES[2], measure) == [], "a training loss grows with the batch, whatever is learned"
+    assert FRONTIER in {line.name for line in lines_of(batches, AXES[0], measures(batches)[0])}
+    assert FRONTIER not in {line.name for line in lines_of(batches, AXES[0], measure)}
 
 
 def test_the_page_needs_no_other_file_and_the_table_holds_every_run(rows, tmp_path):

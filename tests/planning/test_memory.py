@@ -5,7 +5,7 @@ import pytest
 
 from imitate_ds.planning.assumptions import Machine, Rates
 from imitate_ds.planning.loss import LossCost
-from imitate_ds.planning.memory import KINDS, Placed, Precision, Size, Stage, place, read_stage
+from imitate_ds.planning.memory import KINDS, Placed, Precision, Size, Stage, Work, place, read_stage
 from imitate_ds.planning.trace import Trace, Traces
 
 MILLION = 10**6
@@ -46,7 +46,8 @@ def placed(
 ) -> Placed:
     here = machine(ranks, **options)
     sizes = {"batch_bytes": 100.0, "features_bytes": 10.0}
-    return place(traces(study), NO_LOSS, SIZE, precision, stage, here, studies=studies, chunk=chunk or studies, **sizes)
+    work = Work(traces(study), NO_LOSS, SIZE, precision, stage, here)
+    return place(work, studies=studies, chunk=chunk or studies, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,15 @@ def test_buckets_by_hand() -> None:
     ]
     for stage, precision, expected in cases:
         assert placed(stage, 8, precision).kinds["communication buckets"] == expected, (stage, precision)
+    on_cpu = placed(stage_of(3, bucket=half_a_billion), 8, on_cuda=False)
+    assert on_cpu.kinds["communication buckets"] == 400 * MILLION, "all gradients are in it"
+
+
+def test_a_bucket_of_zero_3_that_is_full_in_mid_backward_is_copied() -> None:
+    found = placed(stage_of(3, bucket=10 * MILLION), 8)
+    assert found.moment == "backward"
+    assert found.kinds["communication buckets"] == 2 * 40 * MILLION
+    assert found.kinds["gradients"] == 400 * MILLION / 8
 
 
 def test_without_activations_the_worst_is_where_gradients_meet() -> None:
@@ -106,6 +116,7 @@ def test_a_chunk_takes_the_activations_of_a_chunk() -> None:
     assert cached.kinds["activations"] == pytest.approx(
         4e9 + 8 * 100 + 3 * 10 * 10
     )  # images of the others, and embeddings
+    assert cached.kinds["gradients"] == 400 * MILLION, "of the chunks before"
     assert cached.total < whole.total
 
 

@@ -1,6 +1,7 @@
 """From a run file to a choice, with its reasons."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from imitate_ds.cli import app
 from imitate_ds.config import build_run_config, load_run_config
 from imitate_ds.devices import DEVICES
-from imitate_ds.planning.assumptions import GIB, Machine, gpu_machine
+from imitate_ds.planning.assumptions import GIB, UNSEEN, Machine, gpu_machine
 from imitate_ds.planning.planner import Plan, make_plan, outlook
 from imitate_ds.planning.report import plan_values
 
@@ -61,6 +62,16 @@ def test_the_index_of_shards_that_are_here_is_read(phantom_shards: Path) -> None
     assert (found.subject.data.studies, found.subject.data.text_width) == (182, 32)
     assert found.subject.data.steps_per_epoch == 182 // 32
     assert "index" in found.subject.data.source
+    with pytest.raises(ValueError, match=r"--studies 9: the index of .* says how many there are; leave it out"):
+        plan_of(config_of(phantom_shards), studies=9)
+
+
+def test_what_is_advised_for_a_text_encoder_in_the_step_is_a_valid_setting(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("name: x\ndata: {shards: nowhere}\ntext: {mode: online, lr_share: 0.2}\n")
+    with pytest.raises(ValueError, match=r"ask with --set text=\{\}, as if"):
+        plan_of(load_run_config(run_file))
+    assert load_run_config(run_file, ["text={}"]).text.mode == "cached"
 
 
 def test_what_does_not_fit_is_chunked_or_refused() -> None:
@@ -72,7 +83,7 @@ def test_what_does_not_fit_is_chunked_or_refused() -> None:
     found = make_plan(config, tight, studies=None, stages=stages)
     assert found.choice.chunk >= 2
     assert 4096 % found.choice.chunk == 0
-    assert found.choice.placed.total <= tight.memory
+    assert UNSEEN * found.choice.placed.total <= tight.memory
     assert f"train.grad_cache_chunk={found.choice.chunk}" in found.settings
     assert found.choice.times["likely"].recomputed > 0
     with pytest.raises(
@@ -101,6 +112,11 @@ def test_machines_that_cannot_be(options: dict, message: str) -> None:
         gpu_machine("h100-80", DEVICES["h100-80"], config_of().train, **options)
 
 
+def test_float32_is_planned_at_the_peaks_that_torch_takes_unasked() -> None:
+    rates = machine_of(config_of(precision="fp32")).rates["likely"]
+    assert (rates.matmul, rates.convolution) == (pytest.approx(0.55 * 66.9e12), pytest.approx(0.40 * 494.7e12))
+
+
 def test_a_device_without_the_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.precision = 'bf16': v100-16 has no bf16"):
         gpu_machine("v100-16", DEVICES["v100-16"], config_of(precision="bf16").train, nodes=1, per_node=1)
@@ -109,11 +125,15 @@ def test_a_device_without_the_precision_is_refused() -> None:
 def test_the_command_plans_a_run_file_that_ships_without_data_or_gpu(repository: Path, tmp_path: Path) -> None:
     size = ("--nodes", "2", "--gpus-per-node", "8", "--studies", "213384", "--json", str(tmp_path / "plan.json"))
     run_file = str(repository / "launch/runs/mimic_resnet50.yaml")
-    done = CliRunner().invoke(app, ["plan", "--config", run_file, "--gpu", "h100-80", *size], env={"COLUMNS": "160"})
+    done = CliRunner().invoke(app, ["plan", "--config", run_file, "--gpu", "h100-80", *size], env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
-    for text in ("2 x 8 h100-80", "ZeRO-3 + offload", "activations", "studies/s", "2,080 steps", "kWh", "assumptions"):
-        assert text in done.stdout, text
-    assert "--set train.deepspeed=" in done.stdout
+    said = " ".join(done.stdout.split())
+    for text in ("2 x 8 h100-80", "activations", "studies/s", "2,080 steps", "kWh", "assumptions"):
+        assert text in said, text
+    last = done.stdout.splitlines()[-2]  # to be copied as it is, on a narrow terminal too
+    assert re.fullmatch(
+        r"--set train\.deepspeed=\w+ --set train\.grad_cache_chunk=\d+ --set train\.micro_batch_size=128", last
+    )
     values = json.loads((tmp_path / "plan.json").read_text())
     assert [stage["name"] for stage in values["stages"]][:4] == ["zero0", "zero1", "zero2", "zero3"]
     assert values["stages"][0]["memory"]["activations"] == pytest.approx(12.9e9, rel=0.02)  # 256 images of 224 pixels

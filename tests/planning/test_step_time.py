@@ -12,7 +12,7 @@ from imitate_ds.config import TrainConfig
 from imitate_ds.devices import DEVICES
 from imitate_ds.planning.assumptions import ASSUMED, Machine, Rates, gpu_machine
 from imitate_ds.planning.loss import LossCost
-from imitate_ds.planning.memory import Precision, Size, Stage
+from imitate_ds.planning.memory import Precision, Size, Stage, Work
 from imitate_ds.planning.step_time import step_time
 from imitate_ds.planning.trace import KINDS, Trace, Traces, trace_pair
 
@@ -39,7 +39,7 @@ def steady() -> Traces:
 
 
 def test_parts_by_hand() -> None:
-    found = step_time(steady(), NO_LOSS, SIZE, FULL, stage_of(1), machine(4), studies=8, chunk=8)
+    found = step_time(Work(steady(), NO_LOSS, SIZE, FULL, stage_of(1), machine(4)), studies=8, chunk=8)
     assert found.compute == pytest.approx(3)
     assert found.memory_bound == pytest.approx(1)
     # a ring: 2 (W - 1) / W of 400 MB over 10 GB/s, and half of it for the weights that come back
@@ -50,22 +50,36 @@ def test_parts_by_hand() -> None:
 
 def test_only_whole_buckets_hide_behind_the_backward_pass() -> None:
     args = (steady(), NO_LOSS, SIZE, FULL)
-    one = step_time(*args, stage_of(2, overlap=True), machine(4), studies=8, chunk=8)
-    ten = step_time(*args, stage_of(2, overlap=True, bucket=10**7), machine(4), studies=8, chunk=8)
+    one = step_time(Work(*args, stage_of(2, overlap=True), machine(4)), studies=8, chunk=8)
+    ten = step_time(Work(*args, stage_of(2, overlap=True, bucket=10**7), machine(4)), studies=8, chunk=8)
     assert one.gradients == pytest.approx(0.06)
     assert ten.gradients == pytest.approx(0.006)
 
 
 def test_gradcache_goes_forward_twice() -> None:
-    found = step_time(steady(), NO_LOSS, SIZE, FULL, stage_of(1), machine(1), studies=8, chunk=2)
+    found = step_time(Work(steady(), NO_LOSS, SIZE, FULL, stage_of(1), machine(1)), studies=8, chunk=2)
     assert found.recomputed == pytest.approx(4)  # four chunks
     assert found.gradients == found.parameters == 0
+
+
+def test_zero_3_gathers_in_every_pass_and_from_the_host() -> None:
+    def seconds(stage: Stage, studies: int, chunk: int) -> float:
+        return step_time(
+            Work(steady(), NO_LOSS, SIZE, FULL, stage, machine(4)), studies=studies, chunk=chunk
+        ).parameters
+
+    plain, once = stage_of(3), 0.75 * 0.04
+    assert seconds(plain, 8, 8) == pytest.approx(once)
+    assert seconds(plain, 8, 2) == pytest.approx(8 * once)  # both passes of four chunks
+    assert seconds(plain._replace(live=10**6), 8, 2) == pytest.approx(12 * once)  # and the backward passes
+    far = plain._replace(offloads_parameters=True)
+    assert seconds(far, 8, 8) == pytest.approx(once + 1e8 / RATES.host_link)  # its own
 
 
 def test_a_host_that_is_slower_than_the_device_shows() -> None:
     slow = RATES._replace(launch=2.0)
     on_gpu, on_cpu = (
-        step_time(steady(), NO_LOSS, SIZE, FULL, stage_of(0), machine(1, slow, on_cuda=gpu), studies=8, chunk=8)
+        step_time(Work(steady(), NO_LOSS, SIZE, FULL, stage_of(0), machine(1, slow, on_cuda=gpu)), studies=8, chunk=8)
         for gpu in (True, False)
     )
     assert on_gpu.launching == pytest.approx(2)  # 6 s of launching, 4 s of which are hidden
@@ -90,7 +104,7 @@ def test_resnet50_trains_as_fast_as_published(gpu: str, published: float) -> Non
     nothing = SIZE._replace(trained=25 * 10**6)
     rates = {
         end: 256
-        / step_time(_resnet50(), NO_LOSS, nothing, FULL, stage_of(0), here, studies=256, chunk=256, end=end).total
+        / step_time(Work(_resnet50(), NO_LOSS, nothing, FULL, stage_of(0), here), studies=256, chunk=256, end=end).total
         for end in ("low", "likely", "high")
     }
     assert rates["likely"] == pytest.approx(published, rel=0.15)
@@ -101,4 +115,4 @@ def test_every_constant_has_a_range_and_a_source() -> None:
     for name, span in ASSUMED.items():
         assert span.low != span.high, name
         assert min(span.low, span.high) < span.likely < max(span.low, span.high), name
-        assert span.source.startswith(("assumed: ", "measured here: ")), name
+        assert span.source.startswith("assumed: "), name

@@ -71,4 +71,4 @@ def test_operations_are_of_a_study_of_all_ranks(tmp_path):
 
 
 def test_no_peak_is_made_up():
-    assert peak_flops("bf16") is None
+    assert peak_flops("bf16", 0.5) is None

@@ -90,3 +90,12 @@ def test_counting_changes_no_number_and_neither_zero_nor_chunks_change_the_count
     )  # DeepSpeed's copy of the weights, and AdamW's two
     assert saved.most.total() > 2**20
     assert saved.now.total() == 0
+
+
+def test_convolutions_are_told_from_matrix_products():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 36, 5, bias=False))
+    with count_flops(model) as flops:
+        model(torch.randn(3, 2, 8, 8)).sum().backward()
+    forward = 2 * 3 * 36 * 4 * 2 * 9
+    assert flops.convolutions == flops.by_part["0"] == 2 * forward  # the image wants no gradient
+    assert flops.by_part["2"] == 3 * 2 * 3 * 4 * 36 * 5
