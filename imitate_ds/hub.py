@@ -1,6 +1,5 @@
 """What leaves the house: a folder of safetensors and JSON that others can load, and the model that comes back from it."""
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -346,12 +345,6 @@ def _write_export(
 
 
 def _timm_state(model: ImitateModel) -> dict[str, Tensor]:
-    """The backbone's weights under the names of timm.create_model(name), which has no idea of features_only.
-
-    timm's feature extractor either wraps the network ("model.blocks.0...") or flattens its outer lists ("stages_0...").
-    """
-    state = {}
-    for name, tensor in model.image_encoder.backbone.state_dict().items():
-        plain = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", name.removeprefix("model."))
-        state[plain] = tensor.detach().cpu().contiguous()
-    return state
+    """The backbone's weights under the names of timm.create_model(name), which has no idea of features_only."""
+    state = model.image_encoder.state_by_timm_name()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

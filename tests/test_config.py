@@ -1,14 +1,17 @@
 """The run file: presets, overrides, and errors that name key, value and rule."""
 
+import ast
+import re
 from functools import partial
 
 import pytest
 
-from imitate_ds.benchmark_config import load_benchmark_config
+from imitate_ds.benchmark_config import BenchmarkConfig, load_benchmark_config
 from imitate_ds.config import RunConfig, build_run_config, load_run_config
+from imitate_ds.finetune_config import FinetuneConfig
 from imitate_ds.launch import load_any_run
 from imitate_ds.run_file import dump_settings, load_yaml, setting_names
-from imitate_ds.scale_config import load_scale_config
+from imitate_ds.scale_config import ScaleConfig, load_scale_config
 
 MINIMAL = {"name": "x", "data": {"shards": "shards/x"}}
 
@@ -152,6 +155,23 @@ def test_a_best_checkpoint_that_could_never_be_found_is_refused(train, data, mes
 def test_yaml_never_builds_objects():
     with pytest.raises(Exception, match="could not determine a constructor"):
         load_yaml("!!python/object/apply:os.system ['true']")
+
+
+def test_settings_that_messages_name_exist(repository):
+    """All strings but docstrings; `model.safetensors` and the like are files, `model.encode_image(` is Python."""
+    kinds = (RunConfig, FinetuneConfig, BenchmarkConfig, ScaleConfig)
+    settings = [name for kind in kinds for name in setting_names(kind) if "." in name]
+    known = {".".join(name.split(".")[:depth]) for name in settings for depth in range(1, name.count(".") + 2)}
+    sections = "|".join(sorted({name.partition(".")[0] for name in settings}))
+    named = re.compile(rf"(?<![\w./'-])(?:{sections})(?:\.[a-z_]\w*)+(?![\w(\[])")
+    found = set()
+    for path in (repository / "imitate_ds").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in prose]
+        found |= {name for text in texts if isinstance(text, str) for name in named.findall(text)}
+    assert len(found) > 50
+    assert {name for name in found - known if not name.endswith((".csv", ".json", ".safetensors"))} == set()
 
 
 def test_every_run_file_that_ships_is_valid(repository):

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import imitate_ds
 from imitate_ds.config import build_run_config
@@ -226,6 +226,19 @@ def test_the_backbone_loads_into_plain_timm(phantom_shards, tmp_path, name, drop
         with torch.no_grad():
             features = plain.eval().forward_features(normal.expand(-1, 3, -1, -1)).mean(dim=(2, 3))
             torch.testing.assert_close(features, network.encode_image(pixels)[2])
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("densenet121", "classifier."), ("resnext26ts", "head.fc.")])
+def test_what_began_as_a_file_of_timm_goes_back_under_the_same_names(phantom_shards, tmp_path, name, classifier):
+    """Their extractors flatten lists whose modules have names: features_denseblock1, stem_conv1."""
+    plain = timm.create_model(name, pretrained=False).state_dict()
+    save_file(plain, tmp_path / "plain.safetensors")
+    weights = str(tmp_path / "plain.safetensors")
+    _export(phantom_shards, tmp_path / "export", image_encoder=name, weights=weights, aggregation={"pool": 2})
+    state = load_file(tmp_path / "export" / "image_encoder.safetensors")
+    assert {key for key in plain if not key.startswith(classifier)} == state.keys()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in state.items())
+    timm.create_model(name, num_classes=0).load_state_dict(state)  # strict
 
 
 def test_load_does_not_ask_for_the_weights_the_run_began_with(export, tmp_path):

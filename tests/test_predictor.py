@@ -8,11 +8,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from imitate_ds.config import RunConfig, build_run_config
+from imitate_ds.config import ModelConfig, RunConfig, build_run_config
 from imitate_ds.finetune_config import EncoderConfig, TaskConfig, build_finetune_config
 from imitate_ds.hub import load_model, save_pretrained
+from imitate_ds.models.image_encoder import ImageEncoder
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.predictor import build_task_model, read_origin
+from imitate_ds.predictor import Origin, build_task_model, read_origin
 
 CARD = {"data": "phantom", "synthetic": True, "image_size": 64}
 KINDS = {
@@ -86,6 +87,17 @@ def test_every_head_takes_an_export_at_another_input_size(export, kind):
     assert all(parameter.requires_grad for parameter in model.parameters())
     images = torch.randint(0, 256, (2, 1, 96, 96), dtype=torch.uint8)
     model.head.predict(model.head(model.encoder(images), (96, 96)))
+
+
+def test_an_export_whose_positions_timm_cannot_interpolate_is_refused_at_another_input_size():
+    model = ModelConfig(image_encoder="convit_tiny")
+    origin = Origin(model, 64, ImageEncoder(model, 64).state_dict(), {})
+    rule = (
+        r"data.input_size = 96: convit_tiny, pre-trained at 64: 1 weights of another shape \(model.pos_embed \[1, 16, 192\], "
+        r"not \[1, 36, 192\]\), .* set data.input_size to what they were made at"
+    )
+    with pytest.raises(ValueError, match=rule):
+        build_task_model(origin, EncoderConfig(init="x"), KINDS["classification"], 2, input_size=96)
 
 
 def test_what_is_for_pre_training_is_refused_in_fine_tuning():

@@ -52,8 +52,8 @@ def fill_backbone(
         )
     if wrong := _of_other_shape(given, wanted):
         raise ValueError(
-            f"{given_by}: {len(wrong)} weights of another shape ({few(wrong)}); check model.image_encoder, model.in_chans and "
-            "data.input_size"
+            f"{given_by}: {len(wrong)} weights of another shape ({few(wrong)}), which timm cannot fit to this backbone; set "
+            "data.input_size to what they were made at, or check model.image_encoder and model.in_chans"
         )
     backbone.load_state_dict({name: given.get(plain_name(name), tensor) for name, tensor in wanted.items()})
     return remark

@@ -54,6 +54,11 @@ class ImageEncoder(nn.Module):
         names = timm_names(self.backbone, self._network())
         return {names[name]: parameter for name, parameter in self.backbone.named_parameters()}
 
+    def state_by_timm_name(self) -> dict[str, Tensor]:
+        """Weights and statistics under the same names: all that the network has up to the last level."""
+        names = timm_names(self.backbone, self._network())
+        return {names[name]: tensor for name, tensor in self.backbone.state_dict().items()}
+
     def take_weights(self, state: Mapping[str, Tensor], *, given_by: str) -> None:
         """The state of another encoder of this kind, which may have been made for another input size, or other channels.
 
@@ -151,6 +156,12 @@ def _create(config: ModelConfig, input_size: int | None, out_indices: tuple[int,
     except (OSError, HfHubHTTPError, RuntimeError) as error:
         if config.weights != "timm":
             raise ValueError(f"model.image_encoder = {name!r}: timm gives no features of it: {error}") from error
+        if "size mismatch for" in str(error):  # load_state_dict: of what timm interpolates, all is done by now
+            made_at = timm.get_pretrained_cfg(name).input_size[-1]  # type: ignore[union-attr]
+            raise ValueError(
+                f"model.weights = 'timm': timm cannot fit those of {name} to {input_size} pixels; set data.input_size to "
+                f"{made_at}, which they were made at"
+            ) from error
         raise ValueError(
             f"model.weights = 'timm': no pretrained weights of {name} to be had ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); where the hub cannot be reached, download model.safetensors of "

@@ -26,7 +26,8 @@ def layer_rates(config: ModelConfig, input_size: int | None, decay: float) -> di
     layers: Any = timm.models.group_parameters(network, matcher, reverse=True)  # name -> layer, from 0
     with torch.device("meta"):
         backbone = ImageEncoder(config.model_copy(update={"weights": "none", "freeze": ()}), input_size).backbone
-    names = timm_names(backbone, network)
+    plain_names = timm_names(backbone, network)
+    names = {name: plain_names[name] for name, _ in backbone.named_parameters()}
     count = (
         max(layers[name] for name in names.values()) + 1
     )  # a norm after the last level may be a layer, but is not here

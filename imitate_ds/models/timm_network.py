@@ -34,14 +34,21 @@ def first_convolutions(network: nn.Module) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """Of a weight, the same in the whole network as in the feature extractors made of it, which either wrap it
-    ("model.blocks.0") or flatten its outer lists ("stages_0")."""
-    return name.removeprefix("module.").removeprefix("model.").replace(".", "_")
+    """Of a weight, the same in the whole network as in the feature extractors made of it, which wrap it ("model.blocks.0";
+    those with hooks "body.blocks.0") or flatten its outer lists ("stages_0", of a TResNet's own body "body_layer1")."""
+    return name.removeprefix("module.").removeprefix("model.").replace(".", "_").removeprefix("body_")
 
 
 def timm_names(backbone: nn.Module, network: nn.Module) -> dict[str, str]:
-    """Name of a parameter in a feature extractor -> its name in the network."""
-    known = {plain_name(name): name for name, _ in network.named_parameters()}
-    names = {name: plain_name(name) for name, _ in backbone.named_parameters()}
-    # extractors with hooks keep the whole network, as their "body"
-    return {name: known.get(plain) or known[plain.removeprefix("body_")] for name, plain in names.items()}
+    """Name of a weight, or of a statistic, in a feature extractor -> its name in the network.
+
+    Raises RuntimeError where the network has none of that name.
+    """
+    known = {plain_name(name): name for name in network.state_dict()}
+    names = {name: known.get(plain_name(name), "") for name in backbone.state_dict()}
+    if lost := [name for name, plain in names.items() if not plain]:
+        raise RuntimeError(
+            f"timm {timm.__version__}: {len(lost)} of {len(names)} weights of the feature extractor, such as {lost[0]}, have no "
+            "name in the network that it was made of; take the version of timm in requirements.lock"
+        )
+    return names

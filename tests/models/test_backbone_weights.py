@@ -7,9 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from imitate_ds.config import ModelConfig
+from imitate_ds.config import AggregationConfig, ModelConfig
 from imitate_ds.models.image_encoder import ImageEncoder
-from imitate_ds.models.timm_network import plain_name
+from imitate_ds.models.timm_network import outline, plain_name, timm_names
 
 # name, size the weights were made at, size of the encoder, what is interpolated
 MADE_ELSEWHERE = [
@@ -59,9 +59,10 @@ def test_tables_that_do_not_depend_on_the_size_are_left_alone(tmp_path):
 
 def test_an_encoder_takes_the_weights_of_another_input_size_and_other_channels():
     small, large = encoder("test_vit3", 64), encoder("test_vit3", 96, in_chans=1)
-    large.take_weights(small.state_dict(), given_by="encoder.init = 'x'")
+    large.take_weights(small.state_dict(), given_by="data.input_size = 96: test_vit3, pre-trained at 64")
     assert large.remark == (
-        "encoder.init = 'x': made at another input size; interpolated: pos_embed [1, 17, 96] to [1, 37, 96]"
+        "data.input_size = 96: test_vit3, pre-trained at 64: made at another input size; interpolated: pos_embed "
+        "[1, 17, 96] to [1, 37, 96]"
     )
     block = "backbone.model.blocks.8.mlp.fc2.weight"
     assert torch.equal(large.state_dict()[block], small.state_dict()[block])
@@ -106,6 +107,55 @@ def test_what_no_interpolation_brings_together_is_refused(tmp_path):
         ValueError, match=r"1 weights of another shape \(model.pos_embed \[1, 12, 96\], not \[1, 37, 96\]"
     ):
         encoder("test_vit3", 96, weights=str(path))
+
+
+@pytest.mark.parametrize(("name", "made_at", "size"), [("hiera_tiny_224", 224, 448), ("convit_tiny", 224, 96)])
+def test_positions_that_timm_cannot_interpolate_are_refused_with_what_to_do(name, made_at, size, tmp_path):
+    save_file(encoder(name, made_at).backbone.state_dict(), tmp_path / "weights.safetensors")
+    rule = (
+        r"weights.safetensors': 1 weights of another shape \(model.pos_embed \[.*\], not \[.*\]\), which timm cannot fit to "
+        r"this backbone; set data.input_size to what they were made at"
+    )
+    with pytest.raises(ValueError, match=rule):
+        encoder(name, size, weights=str(tmp_path / "weights.safetensors"))
+
+
+def test_pretrained_positions_that_timm_cannot_interpolate_are_refused_with_their_size(tmp_path, monkeypatch):
+    cached = tmp_path / "models--timm--convit_tiny.fb_in1k"
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    save_file(timm.create_model("convit_tiny").state_dict(), cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert encoder("convit_tiny", 224, weights="timm").remark == ""
+    rule = r"model.weights = 'timm': timm cannot fit those of convit_tiny to 96 pixels; set data.input_size to 224"
+    with pytest.raises(ValueError, match=rule):
+        encoder("convit_tiny", 96, weights="timm")
+
+
+# one with hooks in the whole network, one whose own body is flattened, one whose features are in an outer list
+@pytest.mark.parametrize("name", ["pit_ti_224", "tresnet_m", "densenet121"])
+def test_extractors_of_every_make_take_the_weights_of_the_network_and_of_one_another(name, tmp_path):
+    settings = {"aggregation": AggregationConfig(keep=(0.1, 0.1, 0.1))}
+    network = timm.create_model(name)
+    save_file(network.state_dict(), tmp_path / "network.safetensors")
+    first = encoder(name, 224, weights=str(tmp_path / "network.safetensors"), **settings)
+    state = first.state_by_timm_name()
+    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in state.items())
+    assert not network.load_state_dict(state, strict=False).unexpected_keys
+    second = encoder(name, 224, **settings)
+    second.take_weights(first.state_dict(), given_by="x")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in second.state_by_timm_name().items())
+    lacking = {key: tensor for key, tensor in network.state_dict().items() if key != next(iter(state))}
+    save_file(lacking, tmp_path / "network.safetensors")
+    with pytest.raises(ValueError, match=r"1 of \d+ weights are missing"):
+        encoder(name, 224, weights=str(tmp_path / "network.safetensors"), **settings)
+
+
+def test_a_feature_extractor_of_another_network_has_no_names():
+    with pytest.raises(RuntimeError, match=r"such as stem_0.weight, have no name in the network"):
+        timm_names(encoder("convnext_atto", 64).backbone, outline(ModelConfig(image_encoder="resnet10t"), 64))
 
 
 def test_a_backbone_that_cannot_read_one_channel_is_refused():
