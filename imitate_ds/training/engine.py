@@ -27,7 +27,7 @@ from imitate_ds.training.sharded_build import ShardedBuild, join, share_of
 KERNELS = Path(tempfile.gettempdir()) / f"imitate_ds-ext-{os.getuid()}-{version('torch')}-{version('deepspeed')}"
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(KERNELS)
-    for _lock in KERNELS.glob("**/lock"):
+    for _lock in (Path(folder) / "lock" for folder, _, files in os.walk(KERNELS) if "lock" in files):
         with suppress(FileNotFoundError):  # another rank has just let go of it
             if time.time() - _lock.stat().st_mtime > 15 * 60:  # no compilation takes that long
                 shutil.rmtree(_lock.parent, ignore_errors=True)
@@ -78,7 +78,13 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
             f"train.deepspeed = {name!r}: {unknown[0]} is not allowed in {path} (it may hold "
             f"{', '.join(sorted(DEEPSPEED_KEYS))}); batch size, precision, clipping and optimizer belong to the run file"
         )
-    if values.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+    zero = values.get("zero_optimization", {})
+    if zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") != 3:
+        raise ValueError(
+            f"train.deepspeed = {name!r}: {path} offloads to nvme at ZeRO-{zero.get('stage', 0)}, where DeepSpeed would take the "
+            "CPU's memory; stage must be 3, as in zero3_nvme"
+        )
+    if zero.get("offload_param", {}).get("device") == "nvme":
         raise ValueError(
             f"train.deepspeed = {name!r}: {path} offloads weights to nvme, where DeepSpeed 0.19.8 rounds those of fp32 runs to "
             "bf16; offload_param.device must be cpu, as in zero3_nvme"
@@ -254,10 +260,30 @@ def build_engine(
     _hand_over_shares(model, config)
     optimizer = build_optimizer(model, optim, rate_share, on_cuda=device.type == "cuda", offloaded=bool(offload))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    _undo_step_without_gradient(engine)
     use_group(engine.data_parallel_group)  # type: ignore[arg-type]
     if train.grad_cache_chunk:
         _check_one_reduction(engine, train)
     return engine
+
+
+def _undo_step_without_gradient(engine: Any) -> None:
+    """Without ZeRO, DeepSpeed 0.19.8 makes Adam's state in 16 bits by a step of zero gradients: it is counted, which makes the
+    first real ones a quarter smaller, and its weight decay is not undone.
+    """
+    wrapper = engine.optimizer
+    if engine.zero_optimization_stage() > 0 or wrapper is engine.basic_optimizer:
+        return
+    engine.basic_optimizer.state.clear()
+    for group in engine.basic_optimizer.param_groups:
+        group.pop("step", None)  # of DeepSpeed's FusedAdam
+    if hasattr(wrapper, "fp32_groups_flat"):  # fused
+        pairs = list(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True))
+    else:
+        groups = zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+        pairs = [pair for whole, half in groups for pair in zip(whole, half, strict=True)]
+    for whole, half in pairs:
+        whole.data.copy_(half.data)
 
 
 def _disk_to_offload_to(name: str, offload: dict[str, Any]) -> str:

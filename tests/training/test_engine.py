@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from imitate_ds.config import OptimConfig, TrainConfig
+from imitate_ds.distributed import init_world
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.batch_norm import set_training_mode
-from imitate_ds.training.engine import build_optimizer, deepspeed_config, load_deepspeed_json, parameter_groups
+from imitate_ds.training.engine import (
+    build_engine,
+    build_optimizer,
+    deepspeed_config,
+    load_deepspeed_json,
+    parameter_groups,
+    take_step,
+)
 from tests.launching import run
 from tests.training.zero_worker import (
     OBJECTIVE,
@@ -18,6 +27,7 @@ from tests.training.zero_worker import (
     build_model,
     global_batch,
     rank_batch,
+    train_config,
 )
 
 
@@ -179,6 +189,9 @@ def test_unknown_deepspeed_key_is_refused(tmp_path):
     path.write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}')
     with pytest.raises(ValueError, match=r"train\.deepspeed = .* offloads weights to nvme"):
         load_deepspeed_json(str(path))
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}')
+    with pytest.raises(ValueError, match=r"train\.deepspeed = .* offloads to nvme at ZeRO-2, .*; stage must be 3"):
+        load_deepspeed_json(str(path))
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load_deepspeed_json(str(path))
@@ -191,3 +204,22 @@ def test_apex_asked_for_and_absent_says_how_to_build_it():
         build_optimizer(build_model(), OptimConfig(name="apex_fused_lamb"), on_cuda=False)
     with pytest.raises(ValueError, match=r"github\.com/NVIDIA/apex"):
         build_optimizer(build_model(), OptimConfig(name="apex_fused_adam"), on_cuda=True)
+
+
+def test_bf16_without_zero_takes_the_steps_of_zero_1(process_group):
+    """DeepSpeed makes Adam's state there by a step of its own, which would count."""
+    init_world()
+    found = []
+    for stage in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32))
+        engine = build_engine(model, train_config(stage, "bf16"), OptimConfig(lr=1e-2))
+        losses = []
+        for step in range(4):
+            inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+            loss = engine(inputs.bfloat16()).float().square().mean()
+            engine.backward(loss)
+            assert take_step(engine).applied
+            losses.append(loss.item())
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
