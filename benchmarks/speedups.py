@@ -33,6 +33,7 @@ from imitate_ds.models.text_encoder import LsaEncoder
 from imitate_ds.pretrain import pretrain
 from imitate_ds.run_file import merged
 
+LR = 1e-4
 FP32, BF16 = 1e-3, 5e-2  # a loss that is a hundred steps of rounding apart
 BATCH_NORM = {"image_encoder": "test_resnet", "projection_norm": "batch"}
 NO_BATCH_NORM = {"image_encoder": "test_convnext", "projection_norm": "layer"}
@@ -47,6 +48,9 @@ class Switch(NamedTuple):
 
 SWITCHES = {
     "plain": Switch({}),
+    # no speed-up: how far runs come apart by rounding alone, told so that the others can be read beside it
+    "rate, a bit more": Switch({"optim": {"lr": LR * (1 + 2**-23)}}),
+    "strips": Switch({"objective": {"backend": "strips"}}),
     "stage": Switch({"train": {"activation_checkpointing": "stage"}}),
     "block": Switch({"train": {"activation_checkpointing": "block"}}),
     "compile": Switch({"train": {"compile": ["image_encoder", "findings_branch", "projections"]}}),
@@ -56,6 +60,9 @@ SWITCHES = {
     "zero2": Switch({"train": {"deepspeed": "zero2"}}),
     "zero2 offload": Switch({"train": {"deepspeed": "zero2_offload"}}),
     "plain convnext": Switch({}, FP32, "convnext", "plain convnext"),
+    "compile convnext": Switch(
+        {"train": {"compile": ["image_encoder", "findings_branch", "projections"]}}, FP32, "convnext", "plain convnext"
+    ),
     "grad cache": Switch({"train": {"grad_cache_chunk": 4}}, FP32, "convnext", "plain convnext"),
     "grad cache, block": Switch(
         {"train": {"grad_cache_chunk": 4, "activation_checkpointing": "block"}}, FP32, "convnext", "plain convnext"
@@ -82,7 +89,7 @@ def settings_of(name: str, folder: Path, steps: int) -> dict:
             "image_hidden": 32,
             "aggregation": {"pool": 4, "heads": 2, "slots": 64},
         },
-        "optim": {"lr": 1e-4},
+        "optim": {"lr": LR},
         "train": {"micro_batch_size": 8, "epochs": steps, "max_steps": steps, "log_every": 1, "images_every": 0},
     }
     return merged(plain, switch.settings)
@@ -145,6 +152,7 @@ def compared(name: str, folder: Path) -> dict:
         "steps": len(ours),
         "first_loss": ours[0],
         "last_loss": ours[-1],
+        "relative_difference_at_step": {step: apart[step - 1] for step in (1, 10, 30, 100) if step <= len(apart)},
         "largest_relative_difference": max(apart),
         "at_step": apart.index(max(apart)) + 1,
         "tolerance": switch.tolerance,
