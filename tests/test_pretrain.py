@@ -27,6 +27,7 @@ from imitate_ds.training.engine import parameter_groups
 from imitate_ds.training.heart import STUCK
 from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
+from tests.tiny_model import TINY_MODEL
 
 GOLDEN_STEPS = 10
 
@@ -50,13 +51,7 @@ def run_file(tmp_path, phantom_shards):
             "name": name,
             "output_dir": str(tmp_path / "runs"),
             "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0, **settings.get("data", {})},
-            "model": {
-                "image_encoder": "resnet10t",
-                "joint_dim": 32,
-                "text_hidden": 64,
-                "image_hidden": 64,
-                "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-            },
+            "model": TINY_MODEL,
             "optim": {"lr": 1e-3},
             "train": {
                 "micro_batch_size": 18,

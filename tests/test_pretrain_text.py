@@ -20,6 +20,7 @@ from imitate_ds.metrics import recall_at_k
 from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.pretrain import pretrain
 from tests.tiny_bert import save_tiny_bert
+from tests.tiny_model import TINY_MODEL
 
 STEPS = 6
 ONE_LAYER = {"mode": "online", "trainable_layers": 1, "lr_share": 1.0}
@@ -49,14 +50,7 @@ def train(shards, tmp_path_factory, process_group):
             "name": name,
             "output_dir": str(folder),
             "data": {"shards": str(shards), "input_size": 32, "workers": 0, **settings.pop("data", {})},
-            "model": {
-                "image_encoder": "resnet10t",
-                "joint_dim": 32,
-                "text_hidden": 64,
-                "image_hidden": 64,
-                "projection_norm": "layer",
-                "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-            },
+            "model": {**TINY_MODEL, "projection_norm": "layer"},
             "text": text or {},
             "optim": {"lr": 1e-3},
             "train": {

@@ -12,6 +12,7 @@ import pytest
 from imitate_ds.config import build_run_config
 from imitate_ds.profiling import profile
 from imitate_ds.training.drain import Drain
+from tests.tiny_model import TINY_MODEL
 
 
 @pytest.fixture
@@ -21,13 +22,7 @@ def config(tmp_path, phantom_shards):
             "name": "tiny",
             "output_dir": str(tmp_path / "runs"),
             "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0},
-            "model": {
-                "image_encoder": "resnet10t",
-                "joint_dim": 32,
-                "text_hidden": 64,
-                "image_hidden": 64,
-                "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-            },
+            "model": TINY_MODEL,
             "train": {"micro_batch_size": 8, "deepspeed": "zero1"},
         }
     )

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters as of_the_compiler
 from imitate_ds.config import build_run_config
 from imitate_ds.pretrain import pretrain
 from imitate_ds.replay import replay
+from tests.tiny_model import TINY_MODEL
 
 
 def test_a_step_of_a_compiled_run_again_uncompiled(process_group, tmp_path, phantom_shards):
@@ -16,13 +17,7 @@ def test_a_step_of_a_compiled_run_again_uncompiled(process_group, tmp_path, phan
             "name": "run",
             "output_dir": str(tmp_path),
             "data": {"shards": str(phantom_shards), "input_size": 32, "workers": 0, "val_split": ""},
-            "model": {
-                "image_encoder": "resnet10t",
-                "joint_dim": 32,
-                "text_hidden": 64,
-                "image_hidden": 64,
-                "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-            },
+            "model": TINY_MODEL,
             "train": {"micro_batch_size": 8, "max_steps": 2, "save_every": 1, "log_every": 1},
         }
     )

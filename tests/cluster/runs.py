@@ -10,20 +10,14 @@ import yaml
 from imitate_ds.config import load_run_config
 from tests.cluster.slurm import REPOSITORY, Cluster, wait_for
 from tests.cluster.testimony import Verdict, judge, losses
+from tests.tiny_model import TINY_MODEL
 
 BATCH = 36
 # A step of this run depends neither on the number of ranks nor on how they share the batch, up to rounding.
 SETTINGS = {
     "optim": {"lr": 2e-5},  # at higher rates training amplifies any rounding
     "data": {"input_size": 32, "workers": 1},
-    "model": {
-        "image_encoder": "resnet10t",
-        "joint_dim": 32,
-        "text_hidden": 64,
-        "image_hidden": 64,
-        "projection_norm": "layer",
-        "aggregation": {"pool": 4, "heads": 2, "slots": 160},
-    },
+    "model": {**TINY_MODEL, "projection_norm": "layer"},
     "train": {
         "global_batch_size": BATCH,
         "batch_norm": "freeze",
