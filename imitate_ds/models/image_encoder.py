@@ -80,8 +80,9 @@ class ImageEncoder(nn.Module):
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"images: must be grey uint8 [B, 1, H, W], found {images.dtype} {list(images.shape)}")
-        pixels = (images.float() / 255 - self.mean) / self.std
-        pixels = pixels.to(next(self.backbone.parameters()).dtype)
+        dtype = next(self.backbone.parameters()).dtype
+        grey = images.double() if dtype == torch.float64 else images.float()
+        pixels = ((grey / 255 - self.mean) / self.std).to(dtype)
         levels = self.backbone(_channels_last(pixels.expand(-1, self.in_chans, -1, -1)))
         return [level.permute(0, 3, 1, 2) for level in levels] if self.channels_come_last else list(levels)
 

@@ -143,5 +143,5 @@ def _pooled(levels: list[Tensor]) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of unit norm, in float32 whatever the precision of the network."""
-    return normalize(rows.float(), dim=1)
+    """Rows of unit norm, in float32 whatever the precision of the network; in float64 of a network that is."""
+    return normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=1)

@@ -150,3 +150,12 @@ def test_head_widths_follow_the_settings():
 def test_text_of_another_encoder_is_refused():
     with pytest.raises(ValueError, match=r"embeddings: must be \[n, 24\]"):
         model().encode_text(torch.zeros(2, 25))
+
+
+def test_a_network_in_float64_computes_in_float64():
+    """The definition that faster forms are held to: nothing on the way is rounded to float32."""
+    features = model().double()(batch())
+    assert {rows.dtype for rows in features if rows is not None} == {torch.float64}
+    assert (features.image_impression.norm(dim=-1) - 1).abs().max() < 1e-14
+    loss = imitate_loss(features, batch(), ObjectiveConfig()).total
+    assert loss.dtype == torch.float64
