@@ -45,11 +45,15 @@ class Case(NamedTuple):
     zero: str
     ranks: int
     chunk: int = 0
+    text: int = 0  # layers that learn of a BERT-base in the step; 0: there is none
 
     @property
     def name(self) -> str:
         chunk = f", chunks of {self.chunk}" if self.chunk else ""
-        return f"{self.encoder} {self.pixels} px, {self.studies} studies, {self.zero}, {self.ranks} rank(s){chunk}"
+        text = f", BERT-base with {self.text} layers that learn" if self.text else ""
+        return (
+            f"{self.encoder} {self.pixels} px, {self.studies} studies, {self.zero}, {self.ranks} rank(s){chunk}{text}"
+        )
 
 
 # What each kind of run needs besides tensors: DeepSpeed imports more for some stages than for others.
@@ -70,6 +74,7 @@ CASES = [
     Case("convnext_atto", 128, 16, "zero1", 2),
     Case("resnet18", 128, 16, "zero1", 1, 4),
     Case("vit_tiny_patch16_224", 128, 16, "zero2", 2),
+    Case("resnet18", 128, 8, "zero1", 1, text=2),
 ]
 
 
@@ -80,14 +85,41 @@ def config_of(case: Case):
     if case.encoder.startswith(("vit", "convnext")):
         model |= {"aggregation": {"keep": [0.25, 0.25, 0.25, 0.25], "slots": 1024}}
     train = {"micro_batch_size": case.studies, "deepspeed": case.zero, "grad_cache_chunk": case.chunk}
+    online = {"mode": "online", "encoder": os.environ["PLAN_CHECK_BERT"], "trainable_layers": case.text}
+    text = online if case.text else {}
     return build_run_config(
         {
             "name": "check",
             "data": {"shards": "none", "input_size": case.pixels},
             "model": model,
+            "text": text,
             "train": train,
         }
     )
+
+
+def save_bert(folder: Path) -> None:
+    """A BERT-base with random weights and a tokenizer of as many tokens, as a hub folder has them."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    config = BertConfig()
+    words = {"[PAD]": 0, "[UNK]": 1} | {str(number): number for number in range(2, config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
+
+
+def tokens_of(studies: int, generator: torch.Generator):
+    """Of reports that are as long as the plan assumes in the mean, and half as long to one and a half times as long each."""
+    from imitate_ds.batch import Tokens
+    from imitate_ds.planning.assumptions import USUAL_TOKENS
+
+    share = torch.linspace(0.5, 1.5, studies)[torch.randperm(studies, generator=generator)]
+    lengths = (share[:, None] * torch.tensor(USUAL_TOKENS)).round().long()
+    ids = torch.randint(2, 10_000, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
+    return Tokens(ids, lengths)
 
 
 def predict(case: Case, speeds: dict, overhead: float) -> dict:
@@ -118,6 +150,7 @@ def steps_of_a_rank(case: Case, steps: int) -> dict:
     from imitate_ds.batch import Batch
     from imitate_ds.data.transforms import TrainViews
     from imitate_ds.distributed import init_world, world
+    from imitate_ds.models.text_tower import open_text_source
     from imitate_ds.planning.trace import trace_step  # noqa: F401  # so that imports are the same in every process
     from imitate_ds.recipe import Inputs, build_model, train_step
     from imitate_ds.training.batch_norm import set_training_mode
@@ -128,7 +161,8 @@ def steps_of_a_rank(case: Case, steps: int) -> dict:
     config = config_of(case)
     torch.nn.functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))
     before = _resident()
-    model = build_model(config, Inputs([], "", TEXT_WIDTH, Horizon(0, 0, 0, 0), "mean", 1))
+    source = open_text_source(config.text, config.text.encoder) if case.text else None
+    model = build_model(config, Inputs([], "", TEXT_WIDTH, Horizon(0, 0, 0, 0), "mean", 1, source))
     engine = build_engine(model, config.train, config.optim)
     set_training_mode(engine.module, "mean")
     views = TrainViews(config.data.augment, case.pixels)
@@ -140,7 +174,9 @@ def steps_of_a_rank(case: Case, steps: int) -> dict:
         images = torch.randint(0, 255, (count, 2, 1, case.pixels, case.pixels), dtype=torch.uint8, generator=generator)
         findings, impression = torch.randn(2, count, TEXT_WIDTH, generator=generator)
         there = torch.ones(count, dtype=torch.bool)
-        batch = Batch([str(k) for k in range(count)], images, findings, impression, there, there, step)
+        tokens = tokens_of(count, generator) if case.text else None
+        keys = [str(k) for k in range(count)]
+        batch = Batch(keys, images, findings, impression, there, there, step, tokens=tokens)
         began, used = time.perf_counter(), time.process_time()
         train_step(engine, config, views, batch)
         take_step(engine)
@@ -350,7 +386,11 @@ def main() -> None:
         arguments.answer.write_text(json.dumps(answer))
         leave_world()  # as every entrance does; gloo's threads, left to the interpreter's end, may abort it
     cases = [case for case in CASES if arguments.only in case.name]
-    print(show(compare(cases, arguments.steps, arguments.out)))
+    with tempfile.TemporaryDirectory() as folder:
+        if any(case.text for case in cases):
+            save_bert(Path(folder))
+        os.environ["PLAN_CHECK_BERT"] = folder
+        print(show(compare(cases, arguments.steps, arguments.out)))
 
 
 if __name__ == "__main__":

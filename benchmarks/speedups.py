@@ -110,6 +110,7 @@ def be_a_rank(folder: Path, names: list[str], steps: int) -> None:
     """All runs, one after the other: what takes longest is to import the libraries."""
     init_world()
     for name in names:
+        torch.compiler.reset()  # else the run after hits the limit on how often a function is compiled
         began = time.perf_counter()
         with in_float64() if SWITCHES[name].float64 else nullcontext():
             pretrain(build_run_config(settings_of(name, folder, steps)))

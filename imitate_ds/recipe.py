@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
-from imitate_ds.config import RunConfig, TrainConfig
+from imitate_ds.config import RunConfig, TextConfig, TrainConfig
 from imitate_ds.data.shard_index import ShardIndex
 from imitate_ds.data.shard_plan import PLAN
 from imitate_ds.data.text_cache import fetch_encoder, text_info
@@ -75,20 +75,24 @@ def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
     total = min(total, config.train.max_steps or total)
     horizon = Horizon(plan.samples, batch_size, plan.steps_per_epoch, total)
     policy = batch_norm_policy(config.train, training_device())
-    online = _open_online(config, folders[0], info) if config.text.mode == "online" else None
+    online = (
+        open_text_source(config.text, online_encoder(config.text, folders[0])) if config.text.mode == "online" else None
+    )
     return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count(), online)
 
 
-def _open_online(config: RunConfig, folder: ShardIndex, info: Mapping[str, Any]) -> TextSource:
-    if config.text.encoder:
-        return open_text_source(config.text, config.text.encoder)
-    if info["kind"] != HuggingFaceEncoder.kind:
+def online_encoder(text: TextConfig, folder: ShardIndex) -> str:
+    """A folder or a name at the hub: of the text encoder that runs in training. Raises ValueError naming text.mode."""
+    if text.encoder:
+        return text.encoder
+    kind = text_info(folder)["kind"]
+    if kind != HuggingFaceEncoder.kind:
         raise ValueError(
-            f"text.mode = 'online': '{folder.root}' is embedded by {info['kind']}, which cannot learn; name a Hugging Face "
+            f"text.mode = 'online': '{folder.root}' is embedded by {kind}, which cannot learn; name a Hugging Face "
             "encoder, as in --set text.encoder=emilyalsentzer/Bio_ClinicalBERT, or embed the shards with one: "
             "'imitate-ds shards embed DIR --text-encoder NAME'"
         )
-    return open_text_source(config.text, str(fetch_encoder(folder)))
+    return str(fetch_encoder(folder))
 
 
 def global_batch_size(train: TrainConfig, checkpoint: Path | None) -> int:

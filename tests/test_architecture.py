@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "planned_runs": {"config", "data.shard_index", "finetune_config", "run_file", "training.run_state"},
     "scale_config": {"config", "run_file"},
     "recipe": {"batch", "config", "data", "distributed", "flight", "hub", "models", "objective", "ops", "training"},
-    "planning": {"batch", "config", "data", "devices", "objective", "ops", "recipe", "training"},
+    "planning": {"batch", "config", "data", "devices", "models", "objective", "ops", "recipe", "training"},
     "evaluation": {
         "batch",
         "flight",

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,15 @@ from safetensors.torch import load_file, save_file
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import imitate_ds.models.cxr_bert  # noqa: F401  # makes it known
 from imitate_ds.batch import is_missing
@@ -202,6 +211,35 @@ def load_text_encoder(name_or_folder: str, max_tokens: int = 0) -> TextEncoder:
     if about.get("kind") == HuggingFaceEncoder.kind:
         return HuggingFaceEncoder.load(name_or_folder, max_tokens or about.get("max_tokens", MAX_TOKENS))
     raise ValueError(f"{folder / DESCRIPTION}: kind = {about.get('kind')!r}: must be 'lsa' or 'huggingface'")
+
+
+class TextShape(NamedTuple):
+    """A Hugging Face encoder without its weights."""
+
+    config: PretrainedConfig
+    max_tokens: int  # that are read of a text
+    tokenize: (
+        Callable[[Sequence[str]], list[list[int]]] | None
+    )  # None: it is not here, and this is a BERT-base in its place
+
+    def build(self, *, attention_dropout: bool = True) -> PreTrainedModel:
+        """With random weights."""
+        config = deepcopy(self.config)
+        if not attention_dropout:
+            config.attention_probs_dropout_prob = 0.0
+        return AutoModel.from_config(config)
+
+
+def look_up_shape(name_or_folder: str, max_tokens: int = 0) -> TextShape:
+    """Of what lies on this machine; nothing is fetched. max_tokens: as load_text_encoder has it."""
+    max_tokens = max_tokens or describe_text_encoder(Path(name_or_folder)).get("max_tokens", MAX_TOKENS)
+    only_here = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(name_or_folder, **only_here)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **only_here)
+    except (OSError, ValueError):
+        return TextShape(BertConfig(), max_tokens, None)
+    return TextShape(config, max_tokens, partial(_token_ids, tokenizer, max_tokens))
 
 
 def describe_text_encoder(folder: Path) -> dict[str, Any]:

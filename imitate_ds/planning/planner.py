@@ -208,6 +208,8 @@ def _why(subject: Subject, machine: Machine, options: list[Option], choice: Opti
         )
     columns = f"{wanted * machine.ranks:,}" if subject.config.objective.negatives.scope == "global" else f"{wanted:,}"
     sentences.append(f"The loss compares {columns} studies in the {loss.backend} form.")
+    if subject.text:
+        sentences.append(f"The text encoder in the step: {subject.text}.")
     return " ".join(filter(None, sentences))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imitate_ds.batch import Batch
+from imitate_ds.batch import Batch, Tokens
 from imitate_ds.config import RunConfig
 from imitate_ds.data.shard_index import INDEX
 from imitate_ds.data.shard_store import is_remote
@@ -16,6 +16,7 @@ from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT
 from imitate_ds.planning.memory import Precision, Size, model_size, precision_of
+from imitate_ds.planning.text import PlannedText, PlannedTower, read_text
 from imitate_ds.planning.trace import Traces, trace_pair
 from imitate_ds.recipe import Inputs, build_model
 from imitate_ds.training.batch_norm import batch_norm_policy, freeze_batch_norm, has_batch_norm, set_training_mode
@@ -43,6 +44,7 @@ class Subject(NamedTuple):
     studies: int  # of one rank and step
     batch_bytes: float  # of one study on the device
     features_bytes: float  # of one study's embeddings
+    text: str  # what a text encoder in the step was taken for, for people; "" where there is none
 
 
 def read_data(config: RunConfig, ranks: int, studies: int | None) -> Data:
@@ -80,18 +82,14 @@ def _total_steps(config: RunConfig, steps_per_epoch: int | None) -> int | None:
 
 def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
     """Trace the run's model. Its weights are neither read nor fetched. Raises ValueError as building it does."""
-    if config.text.mode == "online":
-        raise ValueError(
-            "text.mode = 'online': a text encoder in the step is not planned; ask with --set text={}, as if it were "
-            "cached, and add what `imitate-ds profile` measures of the text encoder"
-        )
     batch = config.train.studies_of(machine.ranks)
     if batch < 2 * machine.ranks:
         raise ValueError(
             f"train.global_batch_size = {batch}: must be at least 2 for each of {machine.ranks} ranks; raise it, or use fewer"
         )
     studies = -(-batch // machine.ranks)
-    model = _model(config, machine, data.text_width)
+    text = read_text(config) if config.text.mode == "online" else None
+    model = _model(config, machine, data.text_width, text)
     precision = precision_of(config.train, has_batch_norm=has_batch_norm(model))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     if precision.is_half:
@@ -110,10 +108,11 @@ def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
         studies,
         2 * config.data.input_size**2 + 2 * data.text_width * FLOAT + 2,
         embeddings * config.model.joint_dim * FLOAT,
+        text.source if text else "",
     )
 
 
-def _model(config: RunConfig, machine: Machine, text_width: int) -> nn.Module:
+def _model(config: RunConfig, machine: Machine, text_width: int, text: PlannedText | None) -> nn.Module:
     """On the meta device: shapes without numbers."""
     policy = batch_norm_policy(config.train, torch.device("cuda" if machine.on_cuda else "cpu"))
     model, train = (
@@ -122,9 +121,11 @@ def _model(config: RunConfig, machine: Machine, text_width: int) -> nn.Module:
     )
     bare = config.model_copy(update={"model": model, "train": train})
     # SyncBatchNorm keeps what BatchNorm keeps, and runs on CUDA only: "mean" leaves the layers as they are.
-    inputs = Inputs([], "", text_width, Horizon(0, 0, 0, 0), "mean", machine.nodes)
+    tower = PlannedTower(text, config.text.trainable_layers, on_cuda=machine.on_cuda) if text else None
+    width = tower.width if tower else text_width
     with torch.device("meta"):
-        model = build_model(bare, inputs)
+        model = build_model(bare, Inputs([], "", width, Horizon(0, 0, 0, 0), "mean", machine.nodes))
+    model.text_tower = tower
     if policy == "freeze":
         freeze_batch_norm(model)
     set_training_mode(model, policy)
@@ -135,5 +136,6 @@ def _step(model: nn.Module, studies: int, *, size: int, text_width: int) -> Tens
     """The forward pass, and a scalar that every embedding has a part in, as in GradCache; the loss is planned apart."""
     texts, there = torch.empty(studies, text_width), torch.ones(studies, dtype=torch.bool)
     images = torch.empty(studies, 2, 1, size, size, dtype=torch.uint8)
-    features = model(Batch([""] * studies, images, texts, texts.clone(), there, there, 0))
+    tokens = Tokens(torch.empty(0), torch.empty(studies, 2))  # a planned tower asks only of how many studies
+    features = model(Batch([""] * studies, images, texts, texts.clone(), there, there, 0, tokens=tokens))
     return torch.stack([rows.sum() for rows in features if rows is not None]).sum()

@@ -8,11 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from imitate_ds.cli import app
-from imitate_ds.config import build_run_config, load_run_config
+from imitate_ds.config import TextConfig, build_run_config, load_run_config
 from imitate_ds.devices import DEVICES
 from imitate_ds.planning.assumptions import GIB, UNSEEN, Machine, gpu_machine
 from imitate_ds.planning.planner import Plan, make_plan, outlook
 from imitate_ds.planning.report import plan_values
+from tests.tiny_bert import save_tiny_bert, tiny_bert
 
 
 def config_of(shards: Path | str = "nowhere", **train):
@@ -66,12 +67,19 @@ def test_the_index_of_shards_that_are_here_is_read(phantom_shards: Path) -> None
         plan_of(config_of(phantom_shards), studies=9)
 
 
-def test_what_is_advised_for_a_text_encoder_in_the_step_is_a_valid_setting(tmp_path: Path) -> None:
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text("name: x\ndata: {shards: nowhere}\ntext: {mode: online, lr_share: 0.2}\n")
-    with pytest.raises(ValueError, match=r"ask with --set text=\{\}, as if"):
-        plan_of(load_run_config(run_file))
-    assert load_run_config(run_file, ["text={}"]).text.mode == "cached"
+def test_a_text_encoder_in_the_step_is_planned_with_it(tmp_path: Path) -> None:
+    folder = save_tiny_bert(tmp_path / "bert", ["clear"])
+    text = {"mode": "online", "encoder": str(folder), "trainable_layers": 1}
+    cached, online = (
+        plan_of(config_of().model_copy(update={"text": settings})) for settings in (TextConfig(), TextConfig(**text))
+    )
+    assert "The text encoder in the step" not in cached.why
+    assert f"The text encoder in the step: {folder}; 112 tokens in a report assumed." in online.why
+    layer = sum(parameter.numel() for parameter in tiny_bert(1).encoder.layer[1].parameters())
+    wider = 16 * (32 - 768)  # its texts are 32 wide, those of no shards 768
+    assert online.subject.size.trained == cached.subject.size.trained + layer + wider
+    assert online.choice.placed.kinds["activations"] > cached.choice.placed.kinds["activations"]
+    assert online.choice.times["likely"].total > cached.choice.times["likely"].total
 
 
 def test_what_does_not_fit_is_chunked_or_refused() -> None:
