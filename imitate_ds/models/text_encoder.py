@@ -121,8 +121,7 @@ class HuggingFaceEncoder:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS):
         self.model = model.eval().float().requires_grad_(False)
         self._tokenizer = tokenizer
-        longest = getattr(model.config, "max_position_embeddings", max_tokens)
-        self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
+        self.max_tokens = _readable_tokens(model.config, tokenizer, max_tokens)
         self.width: int = model.config.hidden_size
         about = {"kind": self.kind, "pooling": "cls", "max_tokens": self.max_tokens}
         about |= {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(PROBE)["input_ids"]}
@@ -137,25 +136,15 @@ class HuggingFaceEncoder:
         weights: the model's, instead of those found there. Code that lies beside them is never run. Raises FileNotFoundError
         where it is in none of them, ValueError where it is not whole, or nothing without its own code.
         """
-        own_code = {"trust_remote_code": False}  # else transformers asks at the keyboard, of every rank
+        _, tokenizer = _config_and_tokenizer(name_or_folder)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **own_code)
             model, found = AutoModel.from_pretrained(
-                name_or_folder, dtype=torch.float32, output_loading_info=True, **own_code
+                name_or_folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer, or of an unknown model type
-            if "trust_remote_code" in str(error):
-                raise ValueError(_wants_own_code(name_or_folder)) from None
+        except (OSError, ValueError) as error:
             raise FileNotFoundError(_how_to_get(name_or_folder)) from error
         except SafetensorError as error:
             raise ValueError(f"text encoder = {name_or_folder!r}: damaged weights ({error}); copy it again") from error
-        if (
-            2 * len(tokenizer) < model.config.vocab_size
-        ):  # transformers makes up 5 tokens where the vocabulary is missing
-            raise ValueError(
-                f"text encoder = {name_or_folder!r}: its tokenizer knows {len(tokenizer)} tokens, its model "
-                f"{model.config.vocab_size}; the folder lacks tokenizer.json or vocab.txt"
-            )
         missing = set(found["missing_keys"])
         _drop_pooler(model, missing)
         if weights is not None:
@@ -218,28 +207,41 @@ class TextShape(NamedTuple):
 
     config: PretrainedConfig
     max_tokens: int  # that are read of a text
-    tokenize: (
-        Callable[[Sequence[str]], list[list[int]]] | None
-    )  # None: it is not here, and this is a BERT-base in its place
+    # None: it is not here, and this is a BERT-base in its place
+    tokenize: Callable[[Sequence[str]], list[list[int]]] | None
 
     def build(self, *, attention_dropout: bool = True) -> PreTrainedModel:
-        """With random weights."""
+        """With random weights, in float32 as HuggingFaceEncoder loads it."""
         config = deepcopy(self.config)
         if not attention_dropout:
-            config.attention_probs_dropout_prob = 0.0
-        return AutoModel.from_config(config)
+            for name in ("attention_probs_dropout_prob", "attention_dropout"):  # BERT's and DistilBERT's
+                if hasattr(config, name):
+                    setattr(config, name, 0.0)
+        return AutoModel.from_config(config, dtype=torch.float32)
 
 
 def look_up_shape(name_or_folder: str, max_tokens: int = 0) -> TextShape:
-    """Of what lies on this machine; nothing is fetched. max_tokens: as load_text_encoder has it."""
-    max_tokens = max_tokens or describe_text_encoder(Path(name_or_folder)).get("max_tokens", MAX_TOKENS)
-    only_here = {"local_files_only": True, "trust_remote_code": False}
+    """Of what lies on this machine; nothing is fetched. max_tokens: as load_text_encoder has it.
+
+    Raises ValueError where it is a latent semantic analysis, or a folder that is not whole.
+    """
+    about = describe_text_encoder(Path(name_or_folder))
+    if LsaEncoder.kind in (name_or_folder, about.get("kind")):
+        raise ValueError(cannot_learn(name_or_folder, LsaEncoder.kind))
+    wanted = max_tokens or about.get("max_tokens", MAX_TOKENS)
     try:
-        config = AutoConfig.from_pretrained(name_or_folder, **only_here)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **only_here)
-    except (OSError, ValueError):
-        return TextShape(BertConfig(), max_tokens, None)
-    return TextShape(config, max_tokens, partial(_token_ids, tokenizer, max_tokens))
+        config, tokenizer = _config_and_tokenizer(name_or_folder, local_files_only=True)
+    except FileNotFoundError:
+        if Path(name_or_folder).is_dir():
+            raise
+        assumed = BertConfig()
+        return TextShape(assumed, min(wanted, assumed.max_position_embeddings), None)
+    read = _readable_tokens(config, tokenizer, wanted)
+    return TextShape(config, read, partial(_token_ids, tokenizer, read))
+
+
+def cannot_learn(name_or_folder: str, kind: str) -> str:
+    return f"text.encoder = {name_or_folder!r}: is of kind {kind}, which cannot learn; name a Hugging Face encoder"
 
 
 def describe_text_encoder(folder: Path) -> dict[str, Any]:
@@ -271,6 +273,38 @@ def _encode_present(
         chosen = present[start : start + batch_size]
         rows[chosen] = encode([texts[row] for row in chosen])
     return rows
+
+
+def _config_and_tokenizer(
+    name_or_folder: str, *, local_files_only: bool = False
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Raises FileNotFoundError where they are nowhere, ValueError where they are damaged or run only with their own code."""
+    own_code = {"trust_remote_code": False}  # else transformers asks at the keyboard, of every rank
+    try:
+        config = AutoConfig.from_pretrained(name_or_folder, local_files_only=local_files_only, **own_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=local_files_only, **own_code)
+    except Exception as error:  # JSON of another form than transformers expects raises what it may
+        if "trust_remote_code" in str(error):
+            raise ValueError(_wants_own_code(name_or_folder)) from None
+        if (Path(name_or_folder) / "config.json").is_file():
+            raise ValueError(
+                f"text encoder = {name_or_folder!r}: config.json or the tokenizer's files are missing or damaged "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); copy or download it again"
+            ) from error
+        if isinstance(error, (OSError, ValueError)):
+            raise FileNotFoundError(_how_to_get(name_or_folder)) from error
+        raise
+    words = getattr(config, "vocab_size", 0)
+    if 2 * len(tokenizer) < words:  # transformers makes up 5 tokens where the vocabulary is missing
+        raise ValueError(
+            f"text encoder = {name_or_folder!r}: its tokenizer knows {len(tokenizer)} tokens, its model {words}; the "
+            "folder lacks tokenizer.json or vocab.txt"
+        )
+    return config, tokenizer
+
+
+def _readable_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    return min(wanted, getattr(config, "max_position_embeddings", wanted), tokenizer.model_max_length)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, max_tokens: int, texts: Sequence[str]) -> list[list[int]]:

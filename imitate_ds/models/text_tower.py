@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from imitate_ds.batch import Tokens
 from imitate_ds.config import TextConfig
-from imitate_ds.models.text_encoder import HuggingFaceEncoder, load_text_encoder
+from imitate_ds.models.text_encoder import HuggingFaceEncoder, cannot_learn, load_text_encoder
 
 TOWER = "text_tower."  # what the names of its parameters begin with, in the model that has one
 MODEL = f"{TOWER}model."
@@ -135,15 +135,18 @@ def open_text_source(config: TextConfig, name_or_folder: str) -> TextSource:
             "that is here or at the hub; where there is a network run 'hf download NAME --local-dir DIR' and name DIR"
         ) from error
     if not isinstance(encoder, HuggingFaceEncoder):
-        raise ValueError(
-            f"text.encoder = {name_or_folder!r}: is of kind {encoder.kind}, which cannot learn; name a Hugging Face encoder"
-        )
-    if config.max_tokens > encoder.max_tokens:
-        raise ValueError(
-            f"text.max_tokens = {config.max_tokens}: this encoder reads {encoder.max_tokens} at most; lower it, or leave it out"
-        )
+        raise ValueError(cannot_learn(name_or_folder, encoder.kind))
+    check_max_tokens(config, encoder.max_tokens)
     _learning_modules(encoder.model, config.trainable_layers)
     return TextSource(name_or_folder, encoder.max_tokens, encoder.fingerprint, encoder.width, encoder.tokenize)
+
+
+def check_max_tokens(config: TextConfig, read: int) -> None:
+    """read: as many tokens as the encoder reads of a text. Raises ValueError naming text.max_tokens where it asks for more."""
+    if config.max_tokens > read:
+        raise ValueError(
+            f"text.max_tokens = {config.max_tokens}: this encoder reads {read} at most; lower it, or leave it out"
+        )
 
 
 def build_text_tower(config: TextConfig, source: TextSource) -> TextTower:

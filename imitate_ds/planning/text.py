@@ -14,7 +14,7 @@ from imitate_ds.data.shard_index import INDEX, ShardIndex, load_index, read_samp
 from imitate_ds.data.shard_store import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX
 from imitate_ds.models.text_encoder import DEFAULT_ENCODER, TextShape, look_up_shape
-from imitate_ds.models.text_tower import Layers, TextTower
+from imitate_ds.models.text_tower import Layers, TextTower, check_max_tokens
 from imitate_ds.planning.assumptions import USUAL_TOKENS
 from imitate_ds.recipe import online_encoder
 
@@ -24,35 +24,42 @@ MEASURED = 256  # studies whose reports are read to learn how long reports are
 class PlannedText(NamedTuple):
     shape: TextShape
     tokens: tuple[int, int]  # of a study's findings and impression, in the mean
+    longest: int  # tokens of the longest section
     source: str  # where this comes from, for people
 
 
 def read_text(config: RunConfig) -> PlannedText:
-    """From what lies on this machine, else assumed. Raises ValueError where the encoder of the shards cannot learn."""
+    """From what lies on this machine, else assumed. Raises FileNotFoundError or ValueError where pre-training would."""
     place = config.data.shards[0].shards
     folder = load_index(Path(place)) if not is_remote(place) and (Path(place) / INDEX).is_file() else None
     embedded = folder is not None and (folder.root / TEXT_INDEX).is_file()
     encoder = online_encoder(config.text, folder) if folder and embedded else config.text.encoder or DEFAULT_ENCODER
     shape = look_up_shape(encoder, config.text.max_tokens)
+    check_max_tokens(config.text, shape.max_tokens)
     said = encoder if shape.tokenize else f"{encoder} is not here, a BERT-base is assumed"
     if folder and shape.tokenize:
-        tokens = _tokens_of_reports(folder, shape.tokenize)
-        return PlannedText(shape, tokens, f"{said}; {sum(tokens)} tokens in a report of {folder.root}")
+        tokens, longest = _tokens_of_reports(folder, shape.tokenize)
+        return PlannedText(shape, tokens, longest, f"{said}; {sum(tokens)} tokens in a report of {folder.root}")
     findings, impression = (min(count, shape.max_tokens) for count in USUAL_TOKENS)
     said = f"{said}; {findings + impression} tokens in a report assumed"
-    return PlannedText(shape, (findings, impression), said)
+    return PlannedText(shape, (findings, impression), shape.max_tokens, said)
 
 
-def _tokens_of_reports(folder: ShardIndex, tokenize: Callable[[Sequence[str]], list[list[int]]]) -> tuple[int, int]:
-    """Of findings and impression of the first reports for training, in the mean over studies; at least one each."""
+def _tokens_of_reports(
+    folder: ShardIndex, tokenize: Callable[[Sequence[str]], list[list[int]]]
+) -> tuple[tuple[int, int], int]:
+    """Of findings and impression of the first reports for training, in the mean over studies; and of the longest section."""
     reports = list(islice(_reports(folder), MEASURED))
 
-    def mean_length(texts: list[str]) -> int:
-        rows = tokenize([text for text in texts if not is_missing(text)])
-        return max(1, round(sum(map(len, rows)) / max(1, len(texts))))
+    def lengths(section: int) -> list[int]:
+        return [len(row) for row in tokenize([it[section] for it in reports if not is_missing(it[section])])]
 
-    findings, impression = (mean_length([report[section] for report in reports]) for section in (0, 1))
-    return findings, impression
+    findings, impression = lengths(0), lengths(1)
+
+    def mean(section: list[int]) -> int:
+        return max(1, round(sum(section) / max(1, len(reports))))
+
+    return (mean(findings), mean(impression)), max([*findings, *impression], default=1)
 
 
 def _reports(folder: ShardIndex) -> Iterator[tuple[str, str]]:
@@ -63,7 +70,8 @@ class PlannedTower(TextTower):
     """Reads sections of one length, where the real one looks how long each is: tensors of a trace hold no numbers.
 
     Where sections share rows, a study is a row here. Real rows are as long as the longest section and hold several, which makes
-    attention dearer: a twentieth of BERT-base's operations at 256 tokens. Where a section is a row, all are as long as may be.
+    attention dearer: a twentieth of BERT-base's operations at 256 tokens. Where a section is a row, all are as long as the
+    longest.
     """
 
     def __init__(self, text: PlannedText, trainable_layers: Layers, *, on_cuda: bool):
@@ -78,7 +86,7 @@ class PlannedTower(TextTower):
             rows, length = studies, impression + findings * with_findings
             options = {"position_ids": torch.zeros(rows, length, dtype=torch.long)}
         else:
-            rows, length, options = studies * sections, self._text.shape.max_tokens, {}
+            rows, length, options = studies * sections, self._text.longest, {}
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # of two dimensions it would be looked into
         ids = torch.zeros(rows, length, dtype=torch.long)
         states = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state

@@ -5,9 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertModel
+from transformers import BertConfig, BertModel, DistilBertConfig, RobertaConfig
 
-from imitate_ds.models.text_encoder import DESCRIPTION, HuggingFaceEncoder, LsaEncoder, load_text_encoder
+from imitate_ds.models.text_encoder import (
+    DESCRIPTION,
+    HuggingFaceEncoder,
+    LsaEncoder,
+    TextShape,
+    load_text_encoder,
+    look_up_shape,
+)
 from imitate_ds.models.text_tower import TextTower
 from tests.tiny_bert import save_tiny_bert
 
@@ -93,6 +100,66 @@ def test_damaged_bert_weights_are_named(bert, tmp_path):
     (folder / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged weights"):
         load_text_encoder(str(folder))
+
+
+@pytest.mark.parametrize("read", [load_text_encoder, look_up_shape])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", {"hidden_size": "wide"}),
+        ("tokenizer.json", "[1]"),
+        ("tokenizer_config.json", "[1]"),
+    ],
+)
+def test_a_bert_folder_of_another_form_is_damaged(bert, tmp_path, read, name, content):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    with pytest.raises(
+        ValueError, match=r"bert': config\.json or the tokenizer's files are missing or damaged .* download it again"
+    ):
+        read(str(folder))
+
+
+@pytest.mark.parametrize("read", [load_text_encoder, look_up_shape])
+def test_a_bert_folder_without_its_words_is_refused(bert, tmp_path, read):
+    folder = shutil.copytree(bert, tmp_path / "bert", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(
+        ValueError, match=r"knows \d tokens, its model \d+; the folder lacks tokenizer\.json or vocab\.txt"
+    ):
+        read(str(folder))
+
+
+def test_the_shape_is_that_of_the_encoder(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))  # as its weights were saved
+    shape, encoder = look_up_shape(str(folder)), load_text_encoder(str(folder))
+    assert isinstance(encoder, HuggingFaceEncoder)
+    assert shape.tokenize
+    assert shape.tokenize(REPORTS) == encoder.tokenize(REPORTS)
+    assert shape.max_tokens == encoder.max_tokens < 256  # it has fewer positions
+    built = {name: (weight.shape, weight.dtype) for name, weight in shape.build().named_parameters()}
+    assert built == {name: (weight.shape, weight.dtype) for name, weight in encoder.model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [BertConfig(), DistilBertConfig(), RobertaConfig()])
+def test_a_shape_is_built_without_dropout_of_attention(config):
+    config.num_hidden_layers, config.hidden_dropout_prob = 1, 0.0
+    model = TextShape(config, 8, None).build(attention_dropout=False)
+    assert [name for name, module in model.named_modules() if "attention" in name and getattr(module, "p", 0.0)] == []
+
+
+def test_the_shape_of_what_cannot_learn_or_is_not_whole_is_refused(tmp_path):
+    LsaEncoder.fit(REPORTS, dim=4).save(tmp_path / "lsa")
+    for name in ("lsa", str(tmp_path / "lsa")):
+        with pytest.raises(ValueError, match="is of kind lsa, which cannot learn; name a Hugging Face encoder"):
+            look_up_shape(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a folder with a Hugging Face model and tokenizer"):
+        look_up_shape(str(tmp_path / "empty"))
+    assert look_up_shape(str(tmp_path / "nowhere"), 9_999).max_tokens == 512  # a BERT-base in its place
 
 
 def test_bert_is_frozen_and_the_same_every_time(bert):

@@ -29,7 +29,7 @@ def read(shards: Path | str, **text):
 
 
 def planned(config, layers, *, on_cuda: bool = False) -> PlannedTower:
-    text = PlannedText(TextShape(config, 12, None), (FINDINGS, IMPRESSION), "")
+    text = PlannedText(TextShape(config, 12, None), (FINDINGS, IMPRESSION), FINDINGS, "")
     return PlannedTower(text, layers, on_cuda=on_cuda).train()
 
 
@@ -77,11 +77,13 @@ def test_layers_that_do_not_learn_keep_nothing() -> None:
     assert none.flops.sum() < last.flops.sum() < every.flops.sum()
 
 
-def test_sections_apart_are_as_long_as_may_be() -> None:
+def test_sections_apart_are_as_long_as_the_longest() -> None:
     shape = DistilBertConfig(vocab_size=20, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=16)
     tower = planned(shape, "all")
     assert not tower._packs
     assert trace(tower, 32).flops.sum() == pytest.approx(2 * trace(tower, 16).flops.sum())
+    short = PlannedTower(tower._text._replace(longest=FINDINGS // 2), "all", on_cuda=False).train()
+    assert trace(short).flops.sum() == pytest.approx(trace(tower).flops.sum() / 2, rel=0.15)
 
 
 def test_findings_that_nothing_is_aligned_with_cost_nothing() -> None:
@@ -100,12 +102,16 @@ def test_reports_that_are_here_are_counted(phantom_shards: Path, tmp_path: Path)
     assert sum(found.tokens) * 182 == pytest.approx(int(reports.lengths.sum()), rel=0.05)
     assert found.shape.config.hidden_size == 32
     assert found.source == f"{folder}; {sum(found.tokens)} tokens in a report of {phantom_shards}"
-    assert max(read(phantom_shards, encoder=str(folder), max_tokens=4).tokens) == 4
+    assert found.longest == max(map(len, load_text_encoder(str(folder)).tokenize(fit_texts(phantom_shards))))
+    short = read(phantom_shards, encoder=str(folder), max_tokens=4)
+    assert (max(short.tokens), short.longest) == (4, 4)
+    with pytest.raises(ValueError, match=r"text\.max_tokens = 97: this encoder reads 96 at most"):
+        read(phantom_shards, encoder=str(folder), max_tokens=97)
 
 
 def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:
     found = read(tmp_path / "nowhere")
-    assert (found.shape.config.hidden_size, found.tokens, found.shape.max_tokens) == (768, USUAL_TOKENS, 256)
+    assert (found.shape.config.hidden_size, found.tokens, found.longest) == (768, USUAL_TOKENS, 256)
     assert found.source.startswith("emilyalsentzer/Bio_ClinicalBERT is not here, a BERT-base is assumed; ")
     assert "tokens in a report assumed" in found.source
 
