@@ -42,15 +42,15 @@ def step_time(work: Work, *, studies: int, chunk: int, end: str = "likely") -> S
     forward, backward = seconds[: trace.forward].sum() * chunks, seconds[trace.forward :].sum() * chunks
     compute = float(seconds[bounded].sum()) * chunks
     hooks = rates.hooks * size.modules if stage.stage == 3 else 0.0
-    # A GPU computes while its host goes on; a CPU does one after the other.
+    # A GPU computes while its host and its links go on; a CPU does one after the other.
     hidden = machine.on_cuda
     launching = max(0.0, rates.launch * len(seconds) + 2 * hooks - hidden * float(seconds.sum())) * chunks
     host = (rates.launch * trace.forward + hooks) * chunks
     again = (max(forward, host) if hidden else forward + host) if chunks > 1 else 0.0
     gather = _gathering_seconds(size, precision, stage, machine.ranks, rates, chunks=chunks)
-    if stage.stage == 3 and stage.overlap:
+    if hidden and stage.stage == 3 and stage.overlap:
         gather = max(0.0, gather - forward * (1 + (chunks > 1)))
-    texts = max(0.0, loss.hidden_wire / rates.link - forward)
+    texts = max(0.0, loss.hidden_wire / rates.link - forward * hidden)
     norms = (
         2 * size.batch_norms * (chunks + (chunks > 1)) * rates.meet if machine.on_cuda and machine.ranks > 1 else 0.0
     )
@@ -61,7 +61,7 @@ def step_time(work: Work, *, studies: int, chunk: int, end: str = "likely") -> S
         float(again),
         max(loss.flops / rates.matmul, loss.moved / rates.bandwidth),
         _optimizer_seconds(size, precision, stage, machine, rates),
-        _reducing_seconds(size, precision, stage, machine.ranks, rates, backward=backward),
+        _reducing_seconds(size, precision, stage, machine.ranks, rates, behind=backward * hidden),
         gather,
         texts + loss.wire / rates.link + loss.messages * rates.meet * (machine.ranks > 1) + norms,
     )
@@ -76,9 +76,9 @@ def _roofline(trace: Trace, rates: Rates) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reducing_seconds(
-    size: Size, precision: Precision, stage: Stage, ranks: int, rates: Rates, *, backward: float
+    size: Size, precision: Precision, stage: Stage, ranks: int, rates: Rates, *, behind: float
 ) -> float:
-    """Of adding up gradients, by rings.
+    """Of adding up gradients, by rings. behind: seconds of computing that messages may hide behind.
 
     DeepSpeed's ZeRO-1 and 2 add up all of every gradient on every rank (use_multi_rank_bucket_allreduce), ZeRO-3 scatters it.
     Only whole buckets go out while the backward pass runs, and most models fit into one.
@@ -89,7 +89,7 @@ def _reducing_seconds(
     around = (ranks - 1) / ranks
     reduce = (1 if stage.stage == 3 else 2) * around * sent / rates.link + rates.meet
     early = max(0.0, 1 - stage.bucket / size.trained) if stage.overlap else 0.0
-    return reduce - min(reduce * early, backward)
+    return reduce - min(reduce * early, behind)
 
 
 def _gathering_seconds(

@@ -68,7 +68,7 @@ def test_the_index_of_shards_that_are_here_is_read(phantom_shards: Path) -> None
 
 
 def test_a_text_encoder_in_the_step_is_planned_with_it(tmp_path: Path) -> None:
-    folder = save_tiny_bert(tmp_path / "bert", ["clear"])
+    folder = save_tiny_bert(tmp_path / "bert", ["clear"], positions=256)
     text = {"mode": "online", "encoder": str(folder), "trainable_layers": 1}
     cached, online = (
         plan_of(config_of().model_copy(update={"text": settings})) for settings in (TextConfig(), TextConfig(**text))

@@ -13,7 +13,7 @@ from imitate_ds.devices import DEVICES
 from imitate_ds.planning.assumptions import ASSUMED, Machine, Rates, gpu_machine
 from imitate_ds.planning.loss import LossCost
 from imitate_ds.planning.memory import Precision, Size, Stage, Work
-from imitate_ds.planning.step_time import step_time
+from imitate_ds.planning.step_time import StepTime, step_time
 from imitate_ds.planning.trace import KINDS, Trace, Traces, trace_pair
 
 SIZE = Size(trained=10**8, lowered=0, largest=10**6, small=0, still=0, batch_norms=0, modules=10)
@@ -54,6 +54,16 @@ def test_only_whole_buckets_hide_behind_the_backward_pass() -> None:
     ten = step_time(Work(*args, stage_of(2, overlap=True, bucket=10**7), machine(4)), studies=8, chunk=8)
     assert one.gradients == pytest.approx(0.06)
     assert ten.gradients == pytest.approx(0.006)
+
+
+def test_on_a_cpu_messages_hide_behind_nothing() -> None:
+    def time_of(stage: Stage, *, on_cuda: bool) -> StepTime:
+        work = Work(steady(), NO_LOSS, SIZE, FULL, stage, machine(4, on_cuda=on_cuda))
+        return step_time(work, studies=8, chunk=8)
+
+    early = stage_of(3, overlap=True, bucket=10**7)
+    assert time_of(early, on_cuda=False) == time_of(early._replace(overlap=False), on_cuda=True)
+    assert time_of(early, on_cuda=True).parameters == 0
 
 
 def test_gradcache_goes_forward_twice() -> None:
