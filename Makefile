@@ -41,7 +41,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Ten minutes: launch/*.sbatch on a real Slurm whose three nodes, on this machine, lose power and network. Needs root; what else it
 # needs is installed where that is possible, and where it is not the tests are skipped and say why.

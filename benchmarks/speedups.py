@@ -35,7 +35,7 @@ from imitate_ds.data.shards import build_shards
 from imitate_ds.data.sources.phantom import PhantomSource
 from imitate_ds.data.text_cache import embed_shards, fit_texts
 from imitate_ds.distributed import barrier, init_world, leave_world
-from imitate_ds.models.text_encoder import LsaEncoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
 from imitate_ds.pretrain import Pretraining, pretrain
 from imitate_ds.run_file import merged
 

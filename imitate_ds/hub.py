@@ -26,7 +26,8 @@ from imitate_ds.export_folder import (
 from imitate_ds.model_card import CARD_FIELDS, pretrained_card
 from imitate_ds.models.grounding import grounding_maps, sum_levels
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.models.text_encoder import TextEncoder, describe_text_encoder, load_text_encoder
+from imitate_ds.models.text_encoder import TextEncoder, load_text_encoder
+from imitate_ds.models.text_encoder_folder import describe_text_encoder
 
 FORMAT = "imitate_ds.model/1"
 BACKBONE, TEXT_ENCODER = "image_encoder.safetensors", "text_encoder"

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imitate_ds import hub
 from imitate_ds.batch import Batch, Features, Losses
@@ -26,17 +26,9 @@ from imitate_ds.flight import flight
 from imitate_ds.models.encoder_parts import encoder_parts
 from imitate_ds.models.float8 import use_float8
 from imitate_ds.models.image_encoder import ImageEncoder, synchronise_batch_norm
-from imitate_ds.models.imitate import ImitateModel
+from imitate_ds.models.imitate import TEXT_TOWER, ImitateModel
 from imitate_ds.models.layer_rates import layer_rates
-from imitate_ds.models.text_encoder import HuggingFaceEncoder
-from imitate_ds.models.text_tower import (
-    TOWER,
-    TextSource,
-    TextTower,
-    build_text_tower,
-    open_text_source,
-    trained_encoder,
-)
+from imitate_ds.models.text_encoder_folder import HUGGINGFACE
 from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops.contrastive import choose_backend
 from imitate_ds.training.activation_checkpointing import checkpoint_activations
@@ -47,6 +39,9 @@ from imitate_ds.training.engine import full_state_dict, load_deepspeed_json, zer
 from imitate_ds.training.grad_cache import backward_in_chunks, chunk_count
 from imitate_ds.training.identity import identity
 from imitate_ds.training.loop import StepOutput
+
+if TYPE_CHECKING:
+    from imitate_ds.models.text_tower import TextSource
 
 IMAGE_ENCODER = "image_encoder."  # what the names of its parameters begin with
 
@@ -60,7 +55,7 @@ class Inputs(NamedTuple):
     horizon: Horizon
     batch_norm: str  # resolved policy
     nodes: int
-    online: TextSource | None = None  # the text encoder that runs in training, if one does
+    online: "TextSource | None" = None  # the text encoder that runs in training, if one does
 
 
 def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
@@ -75,10 +70,14 @@ def open_inputs(config: RunConfig, checkpoint: Path | None) -> Inputs:
     total = min(total, config.train.max_steps or total)
     horizon = Horizon(plan.samples, batch_size, plan.steps_per_epoch, total)
     policy = batch_norm_policy(config.train, training_device())
-    online = (
-        open_text_source(config.text, online_encoder(config.text, folders[0])) if config.text.mode == "online" else None
-    )
+    online = _open_text_source(config.text, folders[0]) if config.text.mode == "online" else None
     return Inputs(folders, info["encoder"], info["width"], horizon, policy, node_count(), online)
+
+
+def _open_text_source(text: TextConfig, folder: ShardIndex) -> "TextSource":
+    from imitate_ds.models.text_tower import open_text_source  # transformers takes seconds to import
+
+    return open_text_source(text, online_encoder(text, folder))
 
 
 def online_encoder(text: TextConfig, folder: ShardIndex) -> str:
@@ -86,7 +85,7 @@ def online_encoder(text: TextConfig, folder: ShardIndex) -> str:
     if text.encoder:
         return text.encoder
     kind = text_info(folder)["kind"]
-    if kind != HuggingFaceEncoder.kind:
+    if kind != HUGGINGFACE:
         raise ValueError(
             f"text.mode = 'online': '{folder.root}' is embedded by {kind}, which cannot learn; name a Hugging Face "
             "encoder, as in --set text.encoder=emilyalsentzer/Bio_ClinicalBERT, or embed the shards with one: "
@@ -147,7 +146,7 @@ def run_identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def build_model(config: RunConfig, inputs: Inputs) -> ImitateModel:
-    tower = build_text_tower(config.text, inputs.online) if inputs.online else None
+    tower = inputs.online.build_tower(config.text.trainable_layers) if inputs.online else None
     torch.manual_seed(config.seed)
     model = _model(config, inputs, tower)
     if world().is_main and model.image_encoder.remark:
@@ -186,7 +185,7 @@ def _save_time(model: ImitateModel, train: TrainConfig) -> None:
     compile_towers(model, train.compile, lambda said: print(f"warning: rank {world().rank}: {said}", flush=True))
 
 
-def _model(config: RunConfig, inputs: Inputs, tower: TextTower | None = None) -> ImitateModel:
+def _model(config: RunConfig, inputs: Inputs, tower: nn.Module | None = None) -> ImitateModel:
     """Without a text tower, as it is exported, unless one is given."""
     size, temperature = config.data.input_size, config.objective.temperature
     width = inputs.online.width if inputs.online else inputs.text_width
@@ -201,7 +200,7 @@ def rate_share(config: RunConfig) -> Callable[[str], float]:
     rates = {} if decay == 1 else layer_rates(config.model, config.data.input_size, decay)
 
     def share(parameter: str) -> float:
-        if parameter.startswith(TOWER):
+        if parameter.startswith(TEXT_TOWER):
             return config.text.lr_share
         return rates[parameter.removeprefix(IMAGE_ENCODER)] if rates and parameter.startswith(IMAGE_ENCODER) else 1.0
 
@@ -279,7 +278,7 @@ def export(engine: Any, config: RunConfig, inputs: Inputs) -> None:
         )
     empty = config.model.model_copy(update={"weights": "none"})  # all of them are in `state`
     model = _model(config.model_copy(update={"model": empty}), inputs)
-    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(TOWER)})
+    model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(TEXT_TOWER)})
     horizon = inputs.horizon
     card = {
         "data": sources_of(inputs),
@@ -305,7 +304,7 @@ def _text_encoder_folder(config: RunConfig, inputs: Inputs, state: Mapping[str, 
         return
     with TemporaryDirectory(dir=config.run_dir, prefix=".text_encoder.") as scratch:
         folder = Path(scratch) / "text_encoder"
-        trained_encoder(inputs.online, state).save(folder)
+        inputs.online.trained(state).save(folder)
         yield folder
 
 

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first: the last one to end should be a short one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parents[1]
@@ -22,7 +27,7 @@ def phantom_shards(tmp_path_factory) -> Path:
     from imitate_ds.data.shards import build_shards
     from imitate_ds.data.sources.phantom import PhantomSource
     from imitate_ds.data.text_cache import embed_shards, fit_texts
-    from imitate_ds.models.text_encoder import LsaEncoder
+    from imitate_ds.models.lsa_encoder import LsaEncoder
 
     folder = tmp_path_factory.mktemp("phantom") / "shards"
     source = PhantomSource(studies=240, seed=7, val_share=0.2)

@@ -10,6 +10,8 @@ from imitate_ds.benchmark import benchmark
 from imitate_ds.benchmark_config import load_benchmark_config
 from imitate_ds.finetune_config import load_finetune_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def plan(tmp_path, phantom_shards):

@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 FORMS = ["strips", "gemm", "gemm_twice", "published", "dense", "open_clip", "memeff"]
 
 

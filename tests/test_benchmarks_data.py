@@ -14,6 +14,8 @@ from imitate_ds.config import AugmentConfig, build_run_config
 from imitate_ds.data.shard_index import load_index
 from imitate_ds.data.transforms import TrainViews
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def peers(repository):

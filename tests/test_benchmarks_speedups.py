@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_loss_curves_stay_those_of_the_plain_run(repository, tmp_path):
     out = tmp_path / "speedups.json"

@@ -16,6 +16,8 @@ from imitate_ds.models.imitate import ImitateModel
 from imitate_ds.objective import imitate_loss
 from imitate_ds.training.batch_norm import set_training_mode
 
+pytestmark = pytest.mark.slow
+
 STUDIES, TEXT_WIDTH, SIZE = 4, 32, 32
 NAMES = {  # of ours -> of the published network
     "image_encoder.backbone.": "backbone.",

@@ -22,6 +22,8 @@ from imitate_ds.objective import exchange_texts, imitate_loss
 from imitate_ds.ops import contrastive_strips
 from imitate_ds.ops.contrastive import Pair, clinical_contrastive_losses
 
+pytestmark = pytest.mark.slow
+
 STUDIES, PIXELS, JOINT, TEXT = 12, 10, 6, 15
 RAGGED = {1: (12,), 2: (5, 7), 3: (4, 0, 8), 4: (2, 6, 1, 3)}  # studies a rank holds
 OWNER, SCATTER = NegativesConfig(exchange="owner"), NegativesConfig(exchange="reduce_scatter")

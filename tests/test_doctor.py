@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from imitate_ds.data.shards import load_index
 from imitate_ds.diagnosis import machine, software, storage
 from imitate_ds.diagnosis.checks import CHECKS
@@ -15,6 +17,8 @@ from imitate_ds.diagnosis.finding import Finding, Options
 from imitate_ds.diagnosis.helper import Helper
 from imitate_ds.diagnosis.ranks import hear, under_launcher
 from imitate_ds.doctor import examine, findings_table, is_broken, merge
+
+pytestmark = pytest.mark.slow
 
 DOCTOR = "from imitate_ds.cli import main; main()"
 

@@ -14,7 +14,9 @@ from imitate_ds.evaluate import evaluate_probe, evaluate_retrieval, evaluate_zer
 from imitate_ds.evaluation.embedded import duplicate_groups, embed_radiographs, embed_reports, read_split
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.models.text_encoder import LsaEncoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
+
+pytestmark = pytest.mark.slow
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 

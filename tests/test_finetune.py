@@ -23,6 +23,8 @@ from imitate_ds.training.drain import Drain
 from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
 
+pytestmark = pytest.mark.slow
+
 TASKS = {
     "classification": {"kind": "classification", "targets": ["cardiomegaly", "nodule"], "head": "mlp", "hidden": 16},
     "segmentation": {"kind": "segmentation", "targets": ["lungs", "heart"]},

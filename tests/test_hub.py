@@ -19,7 +19,7 @@ from imitate_ds.data.text_cache import text_info
 from imitate_ds.data.transforms import eval_view
 from imitate_ds.hub import load_model, save_pretrained
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.models.text_encoder import LsaEncoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
 
 CARD = {"data": "phantom", "synthetic": True, "image_size": 64, "steps": 0}
 PROMPTS = {"effusion": (["Pleural effusion.", "There is a pleural effusion."], ["No pleural effusion."])}

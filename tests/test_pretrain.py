@@ -29,6 +29,8 @@ from imitate_ds.training.run_state import read_run_state
 from tests.launching import finish, run, start
 from tests.tiny_model import TINY_MODEL
 
+pytestmark = pytest.mark.slow
+
 GOLDEN_STEPS = 10
 
 

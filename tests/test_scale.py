@@ -14,6 +14,8 @@ from imitate_ds.scale import scale
 from imitate_ds.scale_config import load_scale_config
 from imitate_ds.training.run_state import write_run_state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(tmp_path, phantom_shards):

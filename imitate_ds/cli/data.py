@@ -89,9 +89,11 @@ def shards_embed(
 ) -> None:
     """Embed the report sections of every shard once, with a frozen text encoder."""
     from imitate_ds.data.text_cache import embed_shards, fit_texts
-    from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
+    from imitate_ds.models.text_encoder import load_text_encoder
 
     if text_encoder == "lsa":
+        from imitate_ds.models.lsa_encoder import LsaEncoder
+
         encoder = LsaEncoder.fit(fit_texts(folder), dim=256 if dim is None else dim)
     elif dim is None:
         encoder = load_text_encoder(text_encoder)

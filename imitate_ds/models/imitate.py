@@ -13,7 +13,8 @@ from imitate_ds.models.aggregation import HierarchicalAggregation, draw_seed
 from imitate_ds.models.image_encoder import ImageEncoder
 from imitate_ds.models.projection import ProjectionHead
 from imitate_ds.models.temperature import LearnableTemperature
-from imitate_ds.models.text_tower import TextTower
+
+TEXT_TOWER = "text_tower."  # what the names of its parameters begin with, in a model that has one
 
 
 class FindingsBranch(nn.Module):
@@ -43,12 +44,13 @@ class ImitateModel(nn.Module):
         *,
         input_size: int | None = None,
         temperature: TemperatureConfig | None = None,
-        text_tower: TextTower | None = None,
+        text_tower: nn.Module | None = None,
     ):
         """text_width: width of the text embeddings. input_size: pixels, for encoders that must know (ViT).
 
-        temperature: the model learns it if that says so. Only training asks; an export holds the number. text_tower: embeds
-        the tokens of a batch, in place of the embeddings that came along; of an export it is no part, but a folder of its own.
+        temperature: the model learns it if that says so. Only training asks; an export holds the number. text_tower (of
+        models.text_tower): embeds the tokens of a batch, in place of the embeddings that came along; of an export it is no part,
+        but a folder of its own.
         """
         super().__init__()
         self.config = config

@@ -13,10 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from imitate_ds.batch import Tokens
 from imitate_ds.config import TextConfig
-from imitate_ds.models.text_encoder import HuggingFaceEncoder, cannot_learn, load_text_encoder
+from imitate_ds.models.huggingface_encoder import HuggingFaceEncoder, cannot_learn
+from imitate_ds.models.imitate import TEXT_TOWER
+from imitate_ds.models.text_encoder import load_text_encoder
 
-TOWER = "text_tower."  # what the names of its parameters begin with, in the model that has one
-MODEL = f"{TOWER}model."
+MODEL = f"{TEXT_TOWER}model."
 Layers = int | Literal["all"]
 
 
@@ -123,6 +124,14 @@ class TextSource(NamedTuple):
     width: int
     tokenize: Callable[[Sequence[str]], list[list[int]]]
 
+    def build_tower(self, trainable_layers: Layers) -> TextTower:
+        return TextTower(HuggingFaceEncoder.load(self.name_or_folder, self.max_tokens).model, trainable_layers)
+
+    def trained(self, weights: Mapping[str, Tensor]) -> HuggingFaceEncoder:
+        """The encoder as it has become. weights: by their names in a model with a text tower; others are passed over."""
+        own = {name.removeprefix(MODEL): tensor for name, tensor in weights.items() if name.startswith(MODEL)}
+        return HuggingFaceEncoder.load(self.name_or_folder, self.max_tokens, own)
+
 
 def open_text_source(config: TextConfig, name_or_folder: str) -> TextSource:
     """Raises FileNotFoundError or ValueError where this is no Hugging Face encoder, or not one that can learn as config says."""
@@ -147,17 +156,6 @@ def check_max_tokens(config: TextConfig, read: int) -> None:
         raise ValueError(
             f"text.max_tokens = {config.max_tokens}: this encoder reads {read} at most; lower it, or leave it out"
         )
-
-
-def build_text_tower(config: TextConfig, source: TextSource) -> TextTower:
-    encoder = HuggingFaceEncoder.load(source.name_or_folder, source.max_tokens)
-    return TextTower(encoder.model, config.trainable_layers)
-
-
-def trained_encoder(source: TextSource, weights: Mapping[str, Tensor]) -> HuggingFaceEncoder:
-    """The encoder as it has become. weights: by their names in a model with a text tower; others are passed over."""
-    own = {name.removeprefix(MODEL): tensor for name, tensor in weights.items() if name.startswith(MODEL)}
-    return HuggingFaceEncoder.load(source.name_or_folder, source.max_tokens, own)
 
 
 def _learning_modules(model: PreTrainedModel, count: Layers) -> list[nn.Module]:

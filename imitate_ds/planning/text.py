@@ -13,7 +13,8 @@ from imitate_ds.config import RunConfig
 from imitate_ds.data.shard_index import INDEX, ShardIndex, load_index, read_samples
 from imitate_ds.data.shard_store import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX
-from imitate_ds.models.text_encoder import DEFAULT_ENCODER, TextShape, look_up_shape
+from imitate_ds.models.huggingface_encoder import TextShape, look_up_shape
+from imitate_ds.models.text_encoder import DEFAULT_ENCODER
 from imitate_ds.models.text_tower import Layers, TextTower, check_max_tokens
 from imitate_ds.planning.assumptions import USUAL_TOKENS
 from imitate_ds.recipe import online_encoder

@@ -24,7 +24,7 @@ from imitate_ds.data.sources.phantom import PhantomSource
 from imitate_ds.data.text_cache import TEXT_INDEX, embed_shards, fit_texts, load_text_cache, text_info
 from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.data.transforms import TrainViews
-from imitate_ds.models.text_encoder import LsaEncoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
 from tests.data.hostile_server import serve
 
 pytestmark = pytest.mark.filterwarnings(

@@ -18,7 +18,9 @@ from imitate_ds.data.text_cache import (
     text_info,
     verify_text,
 )
-from imitate_ds.models.text_encoder import DESCRIPTION, LsaEncoder, load_text_encoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
+from imitate_ds.models.text_encoder import load_text_encoder
+from imitate_ds.models.text_encoder_folder import DESCRIPTION
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from imitate_ds.heads.segmentation import SegmentationHead
 from imitate_ds.heads.yolo import YoloHead
 from imitate_ds.models.image_encoder import ImageEncoder
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 
 

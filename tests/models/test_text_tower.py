@@ -7,8 +7,9 @@ from transformers import DistilBertConfig, DistilBertModel
 from imitate_ds.batch import Tokens
 from imitate_ds.config import TextConfig
 from imitate_ds.data.loader import _tokens
-from imitate_ds.models.text_encoder import LsaEncoder, load_text_encoder
-from imitate_ds.models.text_tower import TextTower, _laid_out, open_text_source, trained_encoder
+from imitate_ds.models.lsa_encoder import LsaEncoder
+from imitate_ds.models.text_encoder import load_text_encoder
+from imitate_ds.models.text_tower import TextTower, _laid_out, open_text_source
 from tests.tiny_bert import save_tiny_bert, tiny_bert
 
 WORDS = ("the", "lungs", "are", "clear", "no", "pleural", "effusion", "large", "heart", ".")
@@ -141,10 +142,10 @@ def test_tokens_that_are_read_can_be_fewer_and_are_remembered(bert, tmp_path):
     source = open_text_source(TextConfig(mode="online", max_tokens=8), str(bert))
     assert [len(ids) for ids in source.tokenize(["no " * 20, "no"])] == [8, 3]
     weights = {f"text_tower.model.{name}": tensor for name, tensor in tiny_bert(len(WORDS)).state_dict().items()}
-    encoder = trained_encoder(source, weights | {"image_encoder.weight": torch.zeros(1)})
+    encoder = source.trained(weights | {"image_encoder.weight": torch.zeros(1)})
     assert encoder.fingerprint == source.fingerprint  # the same weights
     weights["text_tower.model.encoder.layer.1.output.dense.bias"] += 0.1
-    moved = trained_encoder(source, weights)
+    moved = source.trained(weights)
     assert moved.fingerprint != source.fingerprint
     moved.save(tmp_path)
     assert load_text_encoder(str(tmp_path)).fingerprint == moved.fingerprint

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then nothing in this process can be compiled
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"

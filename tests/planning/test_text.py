@@ -11,7 +11,8 @@ from imitate_ds.batch import Tokens
 from imitate_ds.config import build_run_config
 from imitate_ds.data.loader import _tokens
 from imitate_ds.data.text_cache import fit_texts
-from imitate_ds.models.text_encoder import TextShape, load_text_encoder
+from imitate_ds.models.huggingface_encoder import TextShape
+from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.models.text_tower import TextTower
 from imitate_ds.planning.assumptions import USUAL_TOKENS
 from imitate_ds.planning.text import PlannedText, PlannedTower, read_text

@@ -10,6 +10,8 @@ from imitate_ds.training.engine_state import MOMENTS, WEIGHT
 from imitate_ds.training.tensor_files import WHOLE, TensorFiles
 from tests.launching import run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 
 

@@ -30,6 +30,8 @@ from tests.training.zero_worker import (
     train_config,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):

@@ -7,6 +7,8 @@ import pytest
 from tests.launching import run
 from tests.training.memory_worker import STEPS, WAYS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
