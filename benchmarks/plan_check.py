@@ -76,6 +76,7 @@ CASES = [
     Case("resnet18", 128, 16, "zero1", 1, 4),
     Case("vit_tiny_patch16_224", 128, 16, "zero2", 2),
     Case("resnet18", 128, 8, "zero1", 1, text=2),
+    Case("resnet18", 128, 8, "zero3", 2, text=2),
 ]
 
 
@@ -112,13 +113,16 @@ def save_bert(folder: Path) -> None:
     BertModel(config).save_pretrained(folder)
 
 
-def tokens_of(studies: int, generator: torch.Generator):
-    """Of reports that are as long as the plan assumes in the mean, and half as long to one and a half times as long each."""
+def tokens_of(studies: int, generator: torch.Generator, *, crowded: bool):
+    """Of reports that are as long in the mean as the plan says of so many, and half to one and a half times as long each."""
     from imitate_ds.batch import Tokens
-    from imitate_ds.planning.assumptions import USUAL_TOKENS
+    from imitate_ds.planning.assumptions import USUAL_SPREAD, USUAL_TOKENS
+    from imitate_ds.planning.text import Lengths
 
+    usual = Lengths(*USUAL_TOKENS, USUAL_SPREAD * sum(USUAL_TOKENS), 256)
+    mean = torch.tensor(usual.of_a_study(studies, crowded=crowded))
     share = torch.linspace(0.5, 1.5, studies)[torch.randperm(studies, generator=generator)]
-    lengths = (share[:, None] * torch.tensor(USUAL_TOKENS)).round().long()
+    lengths = (share[:, None] * mean).round().long()
     ids = torch.randint(2, 10_000, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
     return Tokens(ids, lengths)
 
@@ -175,7 +179,7 @@ def steps_of_a_rank(case: Case, steps: int) -> dict:
         images = torch.randint(0, 255, (count, 2, 1, case.pixels, case.pixels), dtype=torch.uint8, generator=generator)
         findings, impression = torch.randn(2, count, TEXT_WIDTH, generator=generator)
         there = torch.ones(count, dtype=torch.bool)
-        tokens = tokens_of(count, generator) if case.text else None
+        tokens = tokens_of(count, generator, crowded=step == 1) if case.text else None  # one for the peak
         keys = [str(k) for k in range(count)]
         batch = Batch(keys, images, findings, impression, there, there, step, tokens=tokens)
         began, used = time.perf_counter(), time.process_time()

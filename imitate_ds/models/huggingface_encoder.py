@@ -1,14 +1,14 @@
 """Transformers of the Hugging Face hub as text encoders, pooled at their first token; and their shapes without weights."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -31,6 +31,7 @@ from imitate_ds.models.text_encoder_folder import (
 )
 
 MAX_TOKENS = 256
+NO_CODE = {"trust_remote_code": False}  # else transformers asks at the keyboard, of every rank
 PROBE = "No acute Cardiopulmonary abnormality; XXXX ___ 2.5 cm."  # how a tokenizer cuts this is part of its fingerprint
 
 
@@ -58,14 +59,10 @@ class HuggingFaceEncoder:
         where it is in none of them, ValueError where it is not whole, or nothing without its own code.
         """
         _, tokenizer = _config_and_tokenizer(name_or_folder)
-        try:
+        with _said(name_or_folder):
             model, found = AutoModel.from_pretrained(
-                name_or_folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                name_or_folder, dtype=torch.float32, output_loading_info=True, **NO_CODE
             )
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(_how_to_get(name_or_folder)) from error
-        except SafetensorError as error:
-            raise ValueError(f"text encoder = {name_or_folder!r}: damaged weights ({error}); copy it again") from error
         missing = set(found["missing_keys"])
         _drop_pooler(model, missing)
         if weights is not None:
@@ -116,7 +113,8 @@ class TextShape(NamedTuple):
             for name in ("attention_probs_dropout_prob", "attention_dropout"):  # BERT's and DistilBERT's
                 if hasattr(config, name):
                     setattr(config, name, 0.0)
-        return AutoModel.from_config(config, dtype=torch.float32)
+        with _said(config.name_or_path or ""):
+            return AutoModel.from_config(config, dtype=torch.float32)
 
 
 def look_up_shape(name_or_folder: str, max_tokens: int = 0) -> TextShape:
@@ -140,28 +138,32 @@ def look_up_shape(name_or_folder: str, max_tokens: int = 0) -> TextShape:
 
 
 def cannot_learn(name_or_folder: str, kind: str) -> str:
+    """The message of an encoder that was named to learn, and is of a kind that has no gradient."""
     return f"text.encoder = {name_or_folder!r}: is of kind {kind}, which cannot learn; name a Hugging Face encoder"
+
+
+@contextmanager
+def _said(name_or_folder: str) -> Iterator[None]:
+    """What transformers raises, as FileNotFoundError where nothing is there, as ValueError where it cannot be read."""
+    try:
+        yield
+    except Exception as error:  # JSON of another form than it expects raises what it may
+        if "trust_remote_code" in str(error):
+            raise ValueError(_wants_own_code(name_or_folder)) from None
+        if isinstance(error, (OSError, ValueError)) and not (Path(name_or_folder) / "config.json").is_file():
+            raise FileNotFoundError(_how_to_get(name_or_folder)) from error
+        raise ValueError(
+            f"text encoder = {name_or_folder!r}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "copy or download it again, or install what it asks for"
+        ) from error
 
 
 def _config_and_tokenizer(
     name_or_folder: str, *, local_files_only: bool = False
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Raises FileNotFoundError where they are nowhere, ValueError where they are damaged or run only with their own code."""
-    own_code = {"trust_remote_code": False}  # else transformers asks at the keyboard, of every rank
-    try:
-        config = AutoConfig.from_pretrained(name_or_folder, local_files_only=local_files_only, **own_code)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=local_files_only, **own_code)
-    except Exception as error:  # JSON of another form than transformers expects raises what it may
-        if "trust_remote_code" in str(error):
-            raise ValueError(_wants_own_code(name_or_folder)) from None
-        if (Path(name_or_folder) / "config.json").is_file():
-            raise ValueError(
-                f"text encoder = {name_or_folder!r}: config.json or the tokenizer's files are missing or damaged "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); copy or download it again"
-            ) from error
-        if isinstance(error, (OSError, ValueError)):
-            raise FileNotFoundError(_how_to_get(name_or_folder)) from error
-        raise
+    with _said(name_or_folder):
+        config = AutoConfig.from_pretrained(name_or_folder, local_files_only=local_files_only, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=local_files_only, **NO_CODE)
     words = getattr(config, "vocab_size", 0)
     if 2 * len(tokenizer) < words:  # transformers makes up 5 tokens where the vocabulary is missing
         raise ValueError(

@@ -91,7 +91,7 @@ class ImitateModel(nn.Module):
         """
         levels = self.image_encoder(images)
         pooled = _pooled(levels)
-        return _unit(self.impression_head(pooled)), self._findings(levels), pooled.float()
+        return _unit(self.impression_head(pooled)), self._findings(levels), _wide(pooled)
 
     def embed_levels(self, levels: list[Tensor], branch: Literal["impression", "findings"]) -> Tensor:
         """Features of every level -> unit rows [B, D] of one branch, as encode_image has them; differentiable in the levels."""
@@ -146,4 +146,9 @@ def _pooled(levels: list[Tensor]) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of unit norm, in float32 whatever the precision of the network; in float64 of a network that is."""
-    return normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=1)
+    return normalize(_wide(rows), dim=1)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """float32, or float64 in a model of float64."""
+    return rows if rows.dtype == torch.float64 else rows.float()

@@ -11,12 +11,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from imitate_ds.models.text_encoder_folder import DESCRIPTION, HUGGINGFACE, LSA, describe_text_encoder
+from imitate_ds.models.text_encoder_folder import LSA, describe_text_encoder
 
 DEFAULT_ENCODER = "emilyalsentzer/Bio_ClinicalBERT"
 
 
 class TextEncoder(Protocol):
+    """What both kinds have in common."""
+
     kind: str
     width: int  # of its vectors
     fingerprint: str  # equal for what gives equal vectors
@@ -25,7 +27,9 @@ class TextEncoder(Protocol):
         """float32 [n, width] on the CPU; a missing text is a zero row."""
         ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write a folder that load_text_encoder reads."""
+        ...
 
 
 def load_text_encoder(name_or_folder: str, max_tokens: int = 0) -> TextEncoder:
@@ -43,8 +47,6 @@ def load_text_encoder(name_or_folder: str, max_tokens: int = 0) -> TextEncoder:
         from imitate_ds.models.lsa_encoder import LsaEncoder
 
         return LsaEncoder.load(folder)
-    if not about or about.get("kind") == HUGGINGFACE:
-        from imitate_ds.models.huggingface_encoder import MAX_TOKENS, HuggingFaceEncoder
+    from imitate_ds.models.huggingface_encoder import MAX_TOKENS, HuggingFaceEncoder
 
-        return HuggingFaceEncoder.load(name_or_folder, max_tokens or about.get("max_tokens", MAX_TOKENS))
-    raise ValueError(f"{folder / DESCRIPTION}: kind = {about.get('kind')!r}: must be 'lsa' or 'huggingface'")
+    return HuggingFaceEncoder.load(name_or_folder, max_tokens or about.get("max_tokens", MAX_TOKENS))

@@ -12,11 +12,15 @@ from torch import Tensor
 from imitate_ds.batch import is_missing
 
 DESCRIPTION = "imitate_text_encoder.json"
+AGAIN = "copy the folder again, or run 'imitate-ds shards embed'"
 LSA, HUGGINGFACE = "lsa", "huggingface"  # the kinds
 
 
 def describe_text_encoder(folder: Path) -> dict[str, Any]:
-    """What `save` noted in a folder: kind, width, fingerprint; empty where it wrote nothing there."""
+    """What `save` noted in a folder: kind, width, fingerprint; empty where it wrote nothing there.
+
+    Raises ValueError where it is damaged, or of a kind that is not known.
+    """
     path = folder / DESCRIPTION
     if not path.is_file():
         return {}
@@ -25,11 +29,16 @@ def describe_text_encoder(folder: Path) -> dict[str, Any]:
     except ValueError:
         about = None
     if not isinstance(about, dict):
-        raise ValueError(f"{path}: not a JSON object; copy the folder again, or run 'imitate-ds shards embed'")
+        raise ValueError(f"{path}: not a JSON object; {AGAIN}")
+    if about.get("kind") not in (LSA, HUGGINGFACE):
+        raise ValueError(f"{path}: kind = {about.get('kind')!r}: must be '{LSA}' or '{HUGGINGFACE}'; {AGAIN}")
+    if about["kind"] == HUGGINGFACE and type(about.get("max_tokens", 1)) is not int:
+        raise ValueError(f"{path}: max_tokens = {about['max_tokens']!r}: must be a whole number; {AGAIN}")
     return about
 
 
 def describe(folder: Path, values: dict[str, Any]) -> None:
+    """Note kind, width and fingerprint in the folder of an encoder."""
     (folder / DESCRIPTION).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 

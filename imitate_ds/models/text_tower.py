@@ -81,7 +81,8 @@ class TextTower(nn.Module):
             )  # transformers looks whether it is all ones: one wait for the device
             mask[:, 0] = 1  # attention to nothing at all is not a number
         states = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
-        return states.flatten(0, 1)[laid.starts.to(device)].float()
+        vectors = states.flatten(0, 1)[laid.starts.to(device)]
+        return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 class _Layout(NamedTuple):
@@ -125,6 +126,7 @@ class TextSource(NamedTuple):
     tokenize: Callable[[Sequence[str]], list[list[int]]]
 
     def build_tower(self, trainable_layers: Layers) -> TextTower:
+        """With the weights that it has before it learns."""
         return TextTower(HuggingFaceEncoder.load(self.name_or_folder, self.max_tokens).model, trainable_layers)
 
     def trained(self, weights: Mapping[str, Tensor]) -> HuggingFaceEncoder:

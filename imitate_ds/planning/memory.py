@@ -48,15 +48,21 @@ class Stage(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Of a model: elements that train, by what DeepSpeed does with them, and what does not train."""
+    """Of a model: elements, by what DeepSpeed does with them."""
 
     trained: int
     lowered: int  # of trained: reduced in 16 bits under autocast
     largest: int  # of trained: in one parameter
-    small: int  # of trained: in parameters that ZeRO-3 leaves whole
-    still: int  # bytes of frozen parameters and of buffers
+    frozen: int  # of parameters that do not train: ZeRO-3 shares them out too
+    small: int  # of both: in parameters that ZeRO-3 leaves whole
+    buffers: int  # bytes
     batch_norms: int  # layers
     modules: int  # that hold weights themselves
+
+    @property
+    def sharded(self) -> int:
+        """Elements that a rank of ZeRO-3 holds a part of."""
+        return self.trained + self.frozen - self.small
 
 
 class Precision(NamedTuple):
@@ -107,13 +113,14 @@ def read_stage(name: str) -> Stage:
 
 def model_size(model: nn.Module, persistent: int = 10**5) -> Size:
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     return Size(
         sum(trained),
         lowered_elements(model),
         max(trained),
-        sum(count for count in trained if count < persistent),
-        frozen + sum(buffer.nbytes for buffer in model.buffers()),
+        sum(frozen),
+        sum(count for count in trained + frozen if count < persistent),
+        sum(buffer.nbytes for buffer in model.buffers()),
         sum(isinstance(module, BATCH_NORMS) for module in model.modules()),
         sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None),
     )
@@ -189,16 +196,16 @@ def _finished_at_peak(trace: Trace, in_place: float) -> float:
 def _states(size: Size, precision: Precision, stage: Stage, ranks: int) -> dict[str, float]:
     """What lasts from step to step."""
     share = ranks if stage.stage else 1
-    weights, own = size.trained * precision.weights, size.trained / share
+    weights, own = (size.trained + size.frozen) * precision.weights, size.trained / share
     # ZeRO-1 and 2 keep a copy of their share though the weights be float32 already; ZeRO-3 does not.
     copies = precision.is_half or stage.stage in (1, 2)
     optimizer = 0.0 if stage.offloads_optimizer else own * (ADAM + FLOAT * copies)
     if stage.stage < 3:
-        return {"parameters": weights + size.still, "optimizer states": optimizer}
-    kept = (size.trained - size.small) * precision.weights / ranks * (not stage.offloads_parameters)
+        return {"parameters": weights + size.buffers, "optimizer states": optimizer}
+    kept = size.sharded * precision.weights / ranks * (not stage.offloads_parameters)
     small = size.small * precision.weights * (1 if ranks == 1 else 1 + 1 / ranks)
     return {
-        "parameters": kept + small + size.still,
+        "parameters": kept + small + size.buffers,
         "optimizer states": optimizer,
         "gradients": own * precision.weights * (not stage.offloads_optimizer),
     }
@@ -208,7 +215,7 @@ def _gathered_parameters(size: Size, precision: Precision, stage: Stage, ranks: 
     """ZeRO-3 lets go of what is not needed again within `live` elements: of most models, nothing before the backward pass."""
     if stage.stage < 3 or (ranks == 1 and not stage.offloads_parameters):
         return 0.0
-    return min(size.trained - size.small, stage.live) * precision.weights
+    return min(size.sharded, stage.live) * precision.weights
 
 
 def _buckets(size: Size, precision: Precision, stage: Stage, *, on_cuda: bool) -> float:
@@ -257,5 +264,5 @@ def _stepping(size: Size, precision: Precision, stage: Stage, ranks: int) -> flo
 def _host(size: Size, precision: Precision, stage: Stage, ranks: int) -> float:
     if not stage.offloads_optimizer:
         return 0.0
-    own = size.trained / ranks
-    return own * (ADAM + 2 * FLOAT + precision.weights * (1 + stage.offloads_parameters))
+    gradients_and_states = size.trained / ranks * (ADAM + 2 * FLOAT + precision.weights)
+    return gradients_and_states + size.sharded / ranks * precision.weights * stage.offloads_parameters

@@ -135,7 +135,8 @@ def placed_at(
     subject: Subject, machine: Machine, stage: Stage, *, studies: int, chunk: int, end: str = "likely"
 ) -> Placed:
     sizes = {"batch_bytes": subject.batch_bytes, "features_bytes": subject.features_bytes}
-    return place(_work(subject, machine, stage, studies), studies=studies, chunk=chunk, end=end, **sizes)
+    work = _work(subject, machine, stage, studies)._replace(traces=subject.crowded)
+    return place(work, studies=studies, chunk=chunk, end=end, **sizes)
 
 
 def timed_at(subject: Subject, machine: Machine, stage: Stage, *, chunk: int, end: str) -> StepTime:

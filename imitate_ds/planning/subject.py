@@ -1,7 +1,6 @@
 """What a plan is about: the run's model, traced, and what its data say, or are said to be."""
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,14 +8,12 @@ from torch import Tensor, nn
 
 from imitate_ds.batch import Batch, Tokens
 from imitate_ds.config import RunConfig
-from imitate_ds.data.shard_index import INDEX
-from imitate_ds.data.shard_store import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX, text_info
-from imitate_ds.data.train_plan import build_train_plan, open_train_folders
+from imitate_ds.data.train_plan import build_train_plan
 from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT
 from imitate_ds.planning.memory import Precision, Size, model_size, precision_of
-from imitate_ds.planning.text import PlannedText, PlannedTower, read_text
+from imitate_ds.planning.text import PlannedText, PlannedTower, folders_here, read_text
 from imitate_ds.planning.trace import Traces, trace_pair
 from imitate_ds.recipe import Inputs, build_model
 from imitate_ds.training.batch_norm import batch_norm_policy, freeze_batch_norm, has_batch_norm, set_training_mode
@@ -39,6 +36,7 @@ class Subject(NamedTuple):
     config: RunConfig
     data: Data
     traces: Traces
+    crowded: Traces  # the same where reports are as long as they may meet in one micro batch
     size: Size
     precision: Precision
     studies: int  # of one rank and step
@@ -51,12 +49,11 @@ def read_data(config: RunConfig, ranks: int, studies: int | None) -> Data:
     """From the index where all shards lie on this machine, else from `studies`; raises what opening the shards raises."""
     batch = config.train.studies_of(ranks)
     places = [part.shards for part in config.data.shards]
-    if all(not is_remote(place) and (Path(place) / INDEX).is_file() for place in places):
+    if folders := folders_here(config.data):
         if studies is not None:
             raise ValueError(
                 f"--studies {studies}: the index of {', '.join(places)} says how many there are; leave it out"
             )
-        folders = open_train_folders(config.data, check_files=False)
         plan = build_train_plan(config.data, folders, seed=config.seed, global_batch_size=batch)
         steps, embedded = plan.steps_per_epoch, (folders[0].root / TEXT_INDEX).is_file()
         width = text_info(folders[0])["width"] if embedded else USUAL_TEXT_WIDTH
@@ -97,12 +94,19 @@ def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
     size = model_size(model)
     step = partial(_step, size=config.data.input_size, text_width=data.text_width)
     sizes = (studies // 2, studies) if studies >= 8 else (studies, 2 * studies)
-    traces = trace_pair(model, step, sizes, autocast=dtype if precision.autocast else None, as_cuda=machine.on_cuda)
+    trace = partial(
+        trace_pair, model, step, sizes, autocast=dtype if precision.autocast else None, as_cuda=machine.on_cuda
+    )
+    traces = crowded = trace()
+    if isinstance(model.text_tower, PlannedTower):
+        model.text_tower.crowded = True
+        crowded = trace()
     embeddings = 4 + 4 * config.model.aggregation.enabled  # of both views and both texts, at each level
     return Subject(
         config,
         data,
         traces,
+        crowded,
         size,
         precision,
         studies,

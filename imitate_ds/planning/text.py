@@ -5,92 +5,139 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from imitate_ds.batch import Tokens, is_missing
-from imitate_ds.config import RunConfig
-from imitate_ds.data.shard_index import INDEX, ShardIndex, load_index, read_samples
+from imitate_ds.batch import Tokens
+from imitate_ds.config import DataConfig, RunConfig
+from imitate_ds.data.shard_index import INDEX, ShardIndex, read_samples
 from imitate_ds.data.shard_store import is_remote
-from imitate_ds.data.text_cache import TEXT_INDEX
+from imitate_ds.data.text_cache import TEXT_INDEX, sections_of
+from imitate_ds.data.train_plan import open_train_folders
 from imitate_ds.models.huggingface_encoder import TextShape, look_up_shape
 from imitate_ds.models.text_encoder import DEFAULT_ENCODER
 from imitate_ds.models.text_tower import Layers, TextTower, check_max_tokens
-from imitate_ds.planning.assumptions import USUAL_TOKENS
+from imitate_ds.planning.assumptions import USUAL_SPREAD, USUAL_TOKENS
 from imitate_ds.recipe import online_encoder
 
-MEASURED = 256  # studies whose reports are read to learn how long reports are
+MEASURED = 256  # studies of a folder whose reports are read to learn how long reports are
+CROWDED = 3  # standard deviations above the mean: a run of ten thousand steps meets such a micro batch about ten times
+
+
+class Lengths(NamedTuple):
+    """Tokens of reports."""
+
+    findings: float  # in the mean over studies
+    impression: float  # likewise; of the text that the highest level is aligned with (data.impression_text)
+    spread: float  # standard deviation of a study's sum
+    longest: int  # of a section
+
+    def of_a_study(self, studies: int, *, crowded: bool) -> tuple[int, int]:
+        """Findings and impression, where so many studies meet: in the mean, or where long ones happen to."""
+        mean = self.findings + self.impression
+        more = 1 + CROWDED * self.spread / studies**0.5 / mean if crowded else 1.0
+        return max(1, round(self.findings * more)), max(1, round(self.impression * more))
 
 
 class PlannedText(NamedTuple):
     shape: TextShape
-    tokens: tuple[int, int]  # of a study's findings and impression, in the mean
-    longest: int  # tokens of the longest section
+    lengths: Lengths
     source: str  # where this comes from, for people
+
+
+def folders_here(data: DataConfig) -> list[ShardIndex]:
+    """The run's folders where all of them lie on this machine, else none. Their tars need not."""
+    places = [part.shards for part in data.shards]
+    here = all(not is_remote(place) and (Path(place) / INDEX).is_file() for place in places)
+    return open_train_folders(data, check_files=False) if here else []
 
 
 def read_text(config: RunConfig) -> PlannedText:
     """From what lies on this machine, else assumed. Raises FileNotFoundError or ValueError where pre-training would."""
-    place = config.data.shards[0].shards
-    folder = load_index(Path(place)) if not is_remote(place) and (Path(place) / INDEX).is_file() else None
-    embedded = folder is not None and (folder.root / TEXT_INDEX).is_file()
-    encoder = online_encoder(config.text, folder) if folder and embedded else config.text.encoder or DEFAULT_ENCODER
+    folders = folders_here(config.data)
+    embedded = bool(folders) and (folders[0].root / TEXT_INDEX).is_file()
+    encoder = online_encoder(config.text, folders[0]) if embedded else config.text.encoder or DEFAULT_ENCODER
     shape = look_up_shape(encoder, config.text.max_tokens)
+    if shape.tokenize is None:
+        said = f"{encoder} is not here, a BERT-base is assumed"
+        return PlannedText(shape, *_usual(config.data, shape, said))
     check_max_tokens(config.text, shape.max_tokens)
-    said = encoder if shape.tokenize else f"{encoder} is not here, a BERT-base is assumed"
-    if folder and shape.tokenize:
-        tokens, longest = _tokens_of_reports(folder, shape.tokenize)
-        return PlannedText(shape, tokens, longest, f"{said}; {sum(tokens)} tokens in a report of {folder.root}")
-    findings, impression = (min(count, shape.max_tokens) for count in USUAL_TOKENS)
-    said = f"{said}; {findings + impression} tokens in a report assumed"
-    return PlannedText(shape, (findings, impression), shape.max_tokens, said)
+    # As many of each folder: their share of what the run reads is their weight.
+    found = [_counted(folder, config.data, shape.tokenize) for folder in folders]
+    if not found or not all(map(len, found)):
+        return PlannedText(shape, *_usual(config.data, shape, encoder))
+    weights = np.array([part.weight for part in config.data.shards])
+    findings, impression = np.average([counts.mean(0) for counts in found], axis=0, weights=weights).tolist()
+    mean = findings + impression
+    sums = [counts.sum(1) for counts in found]
+    square = np.average([(counts.astype(float) ** 2).mean() for counts in sums], weights=weights)
+    spread = max(0.0, square - mean**2) ** 0.5
+    lengths = Lengths(findings, impression, float(spread), max(int(counts.max()) for counts in found))
+    places = ", ".join(str(folder.root) for folder in folders)
+    return PlannedText(shape, lengths, f"{encoder}; {mean:.0f} tokens in a report of {places}")
 
 
-def _tokens_of_reports(
-    folder: ShardIndex, tokenize: Callable[[Sequence[str]], list[list[int]]]
-) -> tuple[tuple[int, int], int]:
-    """Of findings and impression of the first reports for training, in the mean over studies; and of the longest section."""
-    reports = list(islice(_reports(folder), MEASURED))
-
-    def lengths(section: int) -> list[int]:
-        return [len(row) for row in tokenize([it[section] for it in reports if not is_missing(it[section])])]
-
-    findings, impression = lengths(0), lengths(1)
-
-    def mean(section: list[int]) -> int:
-        return max(1, round(sum(section) / max(1, len(reports))))
-
-    return (mean(findings), mean(impression)), max([*findings, *impression], default=1)
+def _usual(data: DataConfig, shape: TextShape, said: str) -> tuple[Lengths, str]:
+    findings, impression = USUAL_TOKENS
+    second = impression if data.impression_text == "impression" else findings + impression
+    first, second = min(findings, shape.max_tokens), min(second, shape.max_tokens)
+    lengths = Lengths(first, second, USUAL_SPREAD * (first + second), shape.max_tokens)
+    return lengths, f"{said}; {first + second} tokens in a report assumed"
 
 
-def _reports(folder: ShardIndex) -> Iterator[tuple[str, str]]:
-    return ((meta["findings"], meta["impression"]) for _, _, meta in read_samples(folder, "train"))
+def _counted(folder: ShardIndex, data: DataConfig, tokenize: Callable[[Sequence[str]], list[list[int]]]) -> np.ndarray:
+    """Tokens of both texts of the first studies for training, int [n, 2]; none where a tar is not here, or cut."""
+    try:
+        reports = list(islice(_reports(folder, data), MEASURED))
+    except (OSError, ValueError):
+        return np.zeros((0, 2), int)
+    columns = [[len(row) for row in _present(tokenize, [texts[place] for texts in reports])] for place in (0, 1)]
+    return np.array(columns, int).T
+
+
+def _reports(folder: ShardIndex, data: DataConfig) -> Iterator[tuple[str, str]]:
+    for _, _, meta in read_samples(folder, data.train_split):
+        sections = sections_of(meta)
+        yield sections["findings"], sections[data.impression_text]
+
+
+def _present(tokenize: Callable[[Sequence[str]], list[list[int]]], texts: list[str]) -> list[list[int]]:
+    """A missing text has no tokens, not even those that mark its ends."""
+    rows = iter(tokenize([text for text in texts if text]))
+    return [next(rows) if text else [] for text in texts]
 
 
 class PlannedTower(TextTower):
     """Reads sections of one length, where the real one looks how long each is: tensors of a trace hold no numbers.
 
     Where sections share rows, a study is a row here. Real rows are as long as the longest section and hold several, which makes
-    attention dearer: a twentieth of BERT-base's operations at 256 tokens. Where a section is a row, all are as long as the
-    longest.
+    attention dearer: by 4 % of BERT-base's operations at 280 tokens a row, and on a CPU by a third of its memory. Where a
+    section is a row, all are as long as the longest.
     """
 
     def __init__(self, text: PlannedText, trainable_layers: Layers, *, on_cuda: bool):
         # A GPU's fused attention drops out by itself; a CPU's gives way to one that writes all of it out.
         super().__init__(text.shape.build(attention_dropout=not on_cuda), trainable_layers)
-        self._text = text
+        self._lengths = text.lengths
+        self.crowded = False  # whether the micro batch has long reports
 
     def forward(self, tokens: Tokens, *, with_findings: bool = True) -> Tensor:
         studies, sections = len(tokens.lengths), 1 + with_findings
-        findings, impression = self._text.tokens
+        findings, impression = self._lengths.of_a_study(studies, crowded=self.crowded)
         if self._packs:
             rows, length = studies, impression + findings * with_findings
-            options = {"position_ids": torch.zeros(rows, length, dtype=torch.long)}
+            mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # of two dimensions it would be looked into
+            options = {"position_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": mask}
         else:
-            rows, length, options = studies * sections, self._text.longest, {}
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # of two dimensions it would be looked into
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        states = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+            rows, length, options = studies * sections, self._lengths.longest, {}
+        try:
+            states = self.model(input_ids=torch.zeros(rows, length, dtype=torch.long), **options).last_hidden_state
+        except RuntimeError as error:
+            raise ValueError(
+                f"text.encoder: what a {type(self.model).__name__} does depends on what it reads, so it cannot be planned "
+                f"({error}); plan the rest with --set text.mode=cached"
+            ) from error
         starts = torch.zeros(studies * sections, dtype=torch.long)
         vectors = states.flatten(0, 1)[starts].float()
         return vectors.new_zeros(2 * studies, self.width).index_copy(0, starts, vectors).view(studies, 2, self.width)

@@ -94,7 +94,7 @@ def test_a_bert_folder_of_the_older_kind_has_its_words_in_vocab_txt(bert, tmp_pa
 def test_damaged_bert_weights_are_named(bert, tmp_path):
     folder = shutil.copytree(bert, tmp_path / "bert")
     (folder / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged weights"):
+    with pytest.raises(ValueError, match=r"cannot be read \(SafetensorError: .* copy or download it again"):
         load_text_encoder(str(folder))
 
 
@@ -104,6 +104,7 @@ def test_damaged_bert_weights_are_named(bert, tmp_path):
     [
         ("config.json", "[]"),
         ("config.json", {"hidden_size": "wide"}),
+        ("config.json", {"model_type": "of_next_year"}),
         ("tokenizer.json", "[1]"),
         ("tokenizer_config.json", "[1]"),
     ],
@@ -112,10 +113,23 @@ def test_a_bert_folder_of_another_form_is_damaged(bert, tmp_path, read, name, co
     folder = shutil.copytree(bert, tmp_path / "bert")
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
-    with pytest.raises(
-        ValueError, match=r"bert': config\.json or the tokenizer's files are missing or damaged .* download it again"
-    ):
+    with pytest.raises(ValueError, match=r"bert': cannot be read \(\w+: .*\); copy or download it again"):
         read(str(folder))
+
+
+def test_a_bert_folder_without_weights_or_with_those_of_another_is_not_lost(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"cannot be read \(OSError: .* copy or download it again"):
+        load_text_encoder(str(folder))
+    config = json.loads((bert / "config.json").read_text())
+    shutil.copy(bert / "model.safetensors", folder)
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(ValueError, match=r"cannot be read \(RuntimeError: .* copy or download it again"):
+        load_text_encoder(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    for read in (load_text_encoder, lambda name: look_up_shape(name).build()):
+        with pytest.raises(ValueError, match=r"bert': cannot be read \(ValueError: .* attention heads"):
+            read(str(folder))
 
 
 @pytest.mark.parametrize("read", [load_text_encoder, look_up_shape])

@@ -2,11 +2,16 @@ import json
 
 import pytest
 
+from imitate_ds.models.huggingface_encoder import look_up_shape
 from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.models.text_encoder_folder import DESCRIPTION
 
 
-def test_a_folder_of_another_kind_is_refused(tmp_path):
+@pytest.mark.parametrize("read", [load_text_encoder, look_up_shape])
+def test_a_folder_of_another_kind_is_refused(tmp_path, read):
     (tmp_path / DESCRIPTION).write_text(json.dumps({"kind": "word2vec"}))
-    with pytest.raises(ValueError, match="kind = 'word2vec': must be 'lsa' or 'huggingface'"):
-        load_text_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="kind = 'word2vec': must be 'lsa' or 'huggingface'; copy the folder again"):
+        read(str(tmp_path))
+    (tmp_path / DESCRIPTION).write_text(json.dumps({"kind": "huggingface", "max_tokens": "many"}))
+    with pytest.raises(ValueError, match="max_tokens = 'many': must be a whole number"):
+        read(str(tmp_path))

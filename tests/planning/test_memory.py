@@ -9,7 +9,7 @@ from imitate_ds.planning.memory import KINDS, Placed, Precision, Size, Stage, Wo
 from imitate_ds.planning.trace import Trace, Traces
 
 MILLION = 10**6
-SIZE = Size(trained=100 * MILLION, lowered=0, largest=MILLION, small=0, still=0, batch_norms=0, modules=10)
+SIZE = Size(trained=100 * MILLION, lowered=0, largest=MILLION, frozen=0, small=0, buffers=0, batch_norms=0, modules=10)
 FULL, HALF = Precision(4, autocast=False), Precision(2, autocast=False)
 NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -42,11 +42,12 @@ def placed(
     study: float = 1e9,
     studies: int = 10,
     chunk: int = 0,
+    size: Size = SIZE,
     **options,
 ) -> Placed:
     here = machine(ranks, **options)
     sizes = {"batch_bytes": 100.0, "features_bytes": 10.0}
-    work = Work(traces(study), NO_LOSS, SIZE, precision, stage, here)
+    work = Work(traces(study), NO_LOSS, size, precision, stage, here)
     return place(work, studies=studies, chunk=chunk or studies, **sizes)
 
 
@@ -70,6 +71,16 @@ def test_states_by_hand(number: int, ranks: int, precision: Precision, parameter
     assert found.kinds["parameters"] == pytest.approx(parameters * MILLION)
     assert found.kinds["optimizer states"] == pytest.approx(optimizer * MILLION)
     assert set(found.kinds) == set(KINDS)
+
+
+def test_frozen_weights_are_shared_out_and_gathered_at_zero_3_alone() -> None:
+    size = SIZE._replace(frozen=300 * MILLION, buffers=7)
+    for number, expected in ((0, 1600), (2, 1600), (3, 1600 / 8 + 1600)):
+        found = placed(stage_of(number), 8, size=size)
+        assert found.kinds["parameters"] == pytest.approx(expected * MILLION + 7), number
+    far = placed(stage_of(3, offload=True)._replace(offloads_parameters=True), 8, size=size)
+    assert far.kinds["parameters"] == pytest.approx(1600 * MILLION + 7)  # gathered; its own part lies on the host
+    assert far.host == pytest.approx((100 * (8 + 4 + 4 + 4) + 1600) / 8 * MILLION)
 
 
 def test_buckets_by_hand() -> None:

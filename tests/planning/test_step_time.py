@@ -16,7 +16,7 @@ from imitate_ds.planning.memory import Precision, Size, Stage, Work
 from imitate_ds.planning.step_time import StepTime, step_time
 from imitate_ds.planning.trace import KINDS, Trace, Traces, trace_pair
 
-SIZE = Size(trained=10**8, lowered=0, largest=10**6, small=0, still=0, batch_norms=0, modules=10)
+SIZE = Size(trained=10**8, lowered=0, largest=10**6, frozen=0, small=0, buffers=0, batch_norms=0, modules=10)
 NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
 RATES = Rates(matmul=1e12, convolution=1e12, depthwise=1e12, bandwidth=1e11, link=1e10, host_bandwidth=1, host_link=1)
 FULL = Precision(4, autocast=False)
@@ -84,6 +84,13 @@ def test_zero_3_gathers_in_every_pass_and_from_the_host() -> None:
     assert seconds(plain._replace(live=10**6), 8, 2) == pytest.approx(12 * once)  # and the backward passes
     far = plain._replace(offloads_parameters=True)
     assert seconds(far, 8, 8) == pytest.approx(once + 1e8 / RATES.host_link)  # its own
+
+
+def test_zero_3_gathers_what_does_not_train_too() -> None:
+    size = SIZE._replace(frozen=10**8)
+    for number, times in ((1, 1), (3, 2)):
+        found = step_time(Work(steady(), NO_LOSS, size, FULL, stage_of(number), machine(4)), studies=8, chunk=8)
+        assert found.parameters == pytest.approx(times * 0.75 * 0.04), number
 
 
 def test_a_host_that_is_slower_than_the_device_shows() -> None:

@@ -1,21 +1,30 @@
 """A text encoder in the step is planned as it will run: operations, bytes, how long reports are."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DistilBertConfig
+from transformers import (
+    AlbertConfig,
+    DebertaConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    LongformerConfig,
+    ModernBertConfig,
+    RobertaConfig,
+)
 
 from imitate_ds.batch import Tokens
 from imitate_ds.config import build_run_config
-from imitate_ds.data.loader import _tokens
+from imitate_ds.data.shard_index import load_index, read_samples
 from imitate_ds.data.text_cache import fit_texts
 from imitate_ds.models.huggingface_encoder import TextShape
 from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.models.text_tower import TextTower
-from imitate_ds.planning.assumptions import USUAL_TOKENS
-from imitate_ds.planning.text import PlannedText, PlannedTower, read_text
+from imitate_ds.planning.text import Lengths, PlannedText, PlannedTower, read_text
 from imitate_ds.planning.trace import Trace, trace_step
 from tests.tiny_bert import save_tiny_bert, tiny_bert
 
@@ -23,14 +32,21 @@ STUDIES, FINDINGS, IMPRESSION = 16, 12, 12
 WORDS = [f"word{chr(97 + i)}" for i in range(20)]
 
 
-def read(shards: Path | str, **text):
-    return read_text(
-        build_run_config({"name": "x", "data": {"shards": str(shards)}, "text": {"mode": "online", **text}})
-    )
+@pytest.fixture(scope="module")
+def bert(phantom_shards: Path, tmp_path_factory) -> Path:
+    """One that knows every word of the phantoms' reports."""
+    words = sorted({word.strip(".,").lower() for text in fit_texts(phantom_shards) for word in text.split()})
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"), [*words, ".", ","], positions=96)
 
 
-def planned(config, layers, *, on_cuda: bool = False) -> PlannedTower:
-    text = PlannedText(TextShape(config, 12, None), (FINDINGS, IMPRESSION), FINDINGS, "")
+def read(shards: Path | list[dict], data: dict | None = None, **text) -> PlannedText:
+    places = shards if isinstance(shards, list) else str(shards)
+    values = {"name": "x", "data": {"shards": places, **(data or {})}, "text": {"mode": "online", **text}}
+    return read_text(build_run_config(values))
+
+
+def planned(config, layers, *, on_cuda: bool = False, longest: int = FINDINGS) -> PlannedTower:
+    text = PlannedText(TextShape(config, 12, None), Lengths(FINDINGS, IMPRESSION, 6.0, longest), "")
     return PlannedTower(text, layers, on_cuda=on_cuda).train()
 
 
@@ -83,7 +99,7 @@ def test_sections_apart_are_as_long_as_the_longest() -> None:
     tower = planned(shape, "all")
     assert not tower._packs
     assert trace(tower, 32).flops.sum() == pytest.approx(2 * trace(tower, 16).flops.sum())
-    short = PlannedTower(tower._text._replace(longest=FINDINGS // 2), "all", on_cuda=False).train()
+    short = planned(shape, "all", longest=FINDINGS // 2)
     assert trace(short).flops.sum() == pytest.approx(trace(tower).flops.sum() / 2, rel=0.15)
 
 
@@ -95,26 +111,87 @@ def test_findings_that_nothing_is_aligned_with_cost_nothing() -> None:
     assert alone.flops.sum() == pytest.approx(both.flops.sum() / 2, rel=0.1)
 
 
-def test_reports_that_are_here_are_counted(phantom_shards: Path, tmp_path: Path) -> None:
-    words = sorted({word.strip(".,").lower() for text in fit_texts(phantom_shards) for word in text.split()})
-    folder = save_tiny_bert(tmp_path / "bert", [*words, ".", ","], positions=96)
-    found = read(phantom_shards, encoder=str(folder))
-    reports = _tokens([(text, "") for text in fit_texts(phantom_shards)], load_text_encoder(str(folder)).tokenize)
-    assert sum(found.tokens) * 182 == pytest.approx(int(reports.lengths.sum()), rel=0.05)
+@pytest.mark.parametrize("config", [RobertaConfig, DebertaConfig, ElectraConfig, ModernBertConfig, AlbertConfig])
+def test_encoders_of_every_kind_are_planned(config) -> None:
+    shape = config(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    assert trace(planned(shape, "all")).flops.sum() > 1e6
+
+
+def test_an_encoder_that_looks_at_what_it_reads_is_named() -> None:
+    shape = LongformerConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        attention_window=[8],
+    )
+    with pytest.raises(ValueError, match=r"what a LongformerModel does depends on .* --set text\.mode=cached"):
+        trace(planned(shape, "all"))
+
+
+def test_a_small_micro_batch_meets_longer_reports() -> None:
+    lengths = Lengths(80.0, 20.0, 50.0, 256)
+    assert lengths.of_a_study(4, crowded=False) == lengths.of_a_study(400, crowded=False) == (80, 20)
+    assert lengths.of_a_study(4, crowded=True) == (140, 35)  # 3 standard deviations of a mean of four: 75 tokens
+    assert lengths.of_a_study(400, crowded=True) == (86, 22)
+    tower = planned(tiny_bert(20).config, "all")
+    usual = trace(tower)
+    tower.crowded = True
+    assert trace(tower).saved > 1.1 * usual.saved
+
+
+def test_reports_that_are_here_are_counted(phantom_shards: Path, bert: Path) -> None:
+    found, tokenize = read(phantom_shards, encoder=str(bert)), load_text_encoder(str(bert)).tokenize
+    metas = [meta for _, _, meta in read_samples(load_index(phantom_shards), "train")]
+    texts = [(meta["findings"], meta["impression"]) for meta in metas]
+    counts = np.array([[len(tokenize([text])[0]) if text else 0 for text in pair] for pair in texts])
+    assert len(counts) == 182
+    assert counts.min() == 0  # a section that a report lacks costs nothing
+    assert found.lengths[:2] == pytest.approx(counts.mean(0))
+    assert found.lengths.spread == pytest.approx(counts.sum(1).std())
+    assert found.lengths.longest == counts.max()
     assert found.shape.config.hidden_size == 32
-    assert found.source == f"{folder}; {sum(found.tokens)} tokens in a report of {phantom_shards}"
-    assert found.longest == max(map(len, load_text_encoder(str(folder)).tokenize(fit_texts(phantom_shards))))
-    short = read(phantom_shards, encoder=str(folder), max_tokens=4)
-    assert (max(short.tokens), short.longest) == (4, 4)
+    assert found.source == f"{bert}; {counts.sum(1).mean():.0f} tokens in a report of {phantom_shards}"
+    short = read(phantom_shards, encoder=str(bert), max_tokens=4).lengths
+    assert short.findings < short.longest == 4
     with pytest.raises(ValueError, match=r"text\.max_tokens = 97: this encoder reads 96 at most"):
-        read(phantom_shards, encoder=str(folder), max_tokens=97)
+        read(phantom_shards, encoder=str(bert), max_tokens=97)
+
+
+def test_reports_are_those_that_the_run_reads(phantom_shards: Path, bert: Path) -> None:
+    usual = read(phantom_shards, encoder=str(bert)).lengths
+    whole = read(phantom_shards, {"impression_text": "report"}, encoder=str(bert)).lengths
+    assert whole.findings == usual.findings
+    assert whole.impression == pytest.approx(usual.findings + usual.impression - 2, abs=0.5)  # marked at its ends once
+    val = read(phantom_shards, {"train_split": "val", "val_split": "train"}, encoder=str(bert)).lengths
+    assert val != usual
+    twice = [{"shards": str(phantom_shards), "weight": weight} for weight in (1.0, 3.0)]
+    assert read(twice, encoder=str(bert)).lengths == pytest.approx(usual)
+
+
+def test_tars_that_are_not_here_need_not_be(phantom_shards: Path, bert: Path, tmp_path: Path) -> None:
+    index = shutil.copytree(phantom_shards, tmp_path / "index", ignore=shutil.ignore_patterns("*.tar"))
+    found = read(index, encoder=str(bert))
+    assert found.lengths[:2] == (80, 32)
+    assert found.source == f"{bert}; 112 tokens in a report assumed"
 
 
 def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:
-    found = read(tmp_path / "nowhere")
-    assert (found.shape.config.hidden_size, found.tokens, found.longest) == (768, USUAL_TOKENS, 256)
-    assert found.source.startswith("emilyalsentzer/Bio_ClinicalBERT is not here, a BERT-base is assumed; ")
-    assert "tokens in a report assumed" in found.source
+    found = read(tmp_path / "nowhere", max_tokens=1024)  # more than the BERT-base in its place reads
+    assert (found.shape.config.hidden_size, found.lengths) == (768, Lengths(80, 32, 56, 512))
+    assert found.source == (
+        "emilyalsentzer/Bio_ClinicalBERT is not here, a BERT-base is assumed; 112 tokens in a report assumed"
+    )
+    assert read(tmp_path / "nowhere", {"impression_text": "report"}).lengths == Lengths(80, 112, 96, 256)
 
 
 def test_shards_whose_encoder_cannot_learn_are_refused(phantom_shards: Path) -> None:
