@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as autograd_config
 
@@ -17,6 +18,10 @@ from imitate_ds.models.imitate import ImitateModel
 
 # All that the compiler itself raises: no or a broken C++ compiler, a part it cannot trace, more sizes than it compiles for
 COMPILER_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
+
+# Heads share what is compiled of their class, and torch gives up after eight graphs: three heads, for chunks of two sizes, with
+# gradients and without, are twelve.
+MOST_GRAPHS = 64
 
 
 def compile_towers(model: ImitateModel, towers: Sequence[str], warn: Callable[[str], None]) -> None:
@@ -31,6 +36,7 @@ def compile_towers(model: ImitateModel, towers: Sequence[str], warn: Callable[[s
             told.add(tower)
             warn(f"train.compile: {tower} goes on uncompiled: {_reason(error)}")
 
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
     for tower in towers:
         for part, method in _parts(model, tower):
             setattr(part, method, _compiled(part, getattr(part, method), partial(failed, tower)))

@@ -79,6 +79,19 @@ def test_a_counted_step_runs_uncompiled_and_the_next_one_compiled():
     assert compiled[1:] == plain[1:]
 
 
+def test_chunks_of_many_sizes_are_compiled():
+    said: list[str] = []
+    torch.compiler.reset()
+    of_the_compiler.clear()
+    model, batch = build(["projections"], said), global_batch(0)
+    for studies in (2, 3, 4, 5, 6):
+        with torch.no_grad():
+            model.impression_head(torch.randn(studies, model.image_encoder.channels[-1]))
+            model.text_projection(batch.impression[:studies])
+    assert not said
+    assert of_the_compiler["stats"]["unique_graphs"] == 10  # torch's own limit is eight
+
+
 def test_without_a_compiler_a_tower_goes_on_and_says_why_once():
     said: list[str] = []
     torch.compiler.reset()
