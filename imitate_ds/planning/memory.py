@@ -40,6 +40,7 @@ class Stage(NamedTuple):
     offloads_parameters: bool
     live: int  # elements of parameters that ZeRO-3 may hold gathered
     persistent: int  # a parameter of fewer elements stays whole on every rank
+    ahead: int  # elements of parameters that ZeRO-3 fetches before they are needed
 
     @property
     def label(self) -> str:
@@ -108,6 +109,7 @@ def read_stage(name: str) -> Stage:
         settings.offload_param is not None,
         min(settings.max_live_parameters, settings.max_reuse_distance),
         settings.param_persistence_threshold,
+        settings.prefetch_bucket_size,
     )
 
 
@@ -156,6 +158,13 @@ def place(
     flushed = _flushed(size, precision, stage)
 
     moments = {
+        "forward": lasting
+        | {
+            "activations": batch + features + trace.saved,
+            "gradients": finished if cached else 0.0,
+            "parameters": _gathered_parameters(size, precision, stage, ranks),
+            "communication buckets": lasting["communication buckets"] + _in_flight(size, precision, stage, ranks),
+        },
         "loss": gathered
         | lasting
         | {
@@ -216,6 +225,11 @@ def _gathered_parameters(size: Size, precision: Precision, stage: Stage, ranks: 
     if stage.stage < 3 or (ranks == 1 and not stage.offloads_parameters):
         return 0.0
     return min(size.sharded, stage.live) * precision.weights
+
+
+def _in_flight(size: Size, precision: Precision, stage: Stage, ranks: int) -> float:
+    """What ZeRO-3 fetches ahead comes in one flat buffer, from which every weight is copied."""
+    return min(_gathered_parameters(size, precision, stage, ranks), stage.ahead * precision.weights)
 
 
 def _buckets(size: Size, precision: Precision, stage: Stage, *, on_cuda: bool) -> float:

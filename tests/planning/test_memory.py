@@ -31,7 +31,7 @@ def machine(ranks: int, *, on_cuda: bool = True) -> Machine:
 
 
 def stage_of(number: int, *, bucket: int = 0, overlap: bool = False, offload: bool = False) -> Stage:
-    return Stage(f"zero{number}", number, bucket, overlap, offload, False, 10**9, 10**5)
+    return Stage(f"zero{number}", number, bucket, overlap, offload, False, 10**9, 10**5, 0)
 
 
 def placed(
@@ -81,6 +81,18 @@ def test_frozen_weights_are_shared_out_and_gathered_at_zero_3_alone() -> None:
     far = placed(stage_of(3, offload=True)._replace(offloads_parameters=True), 8, size=size)
     assert far.kinds["parameters"] == pytest.approx(1600 * MILLION + 7)  # gathered; its own part lies on the host
     assert far.host == pytest.approx((100 * (8 + 4 + 4 + 4) + 1600) / 8 * MILLION)
+
+
+def test_zero_3_fetches_ahead_in_the_forward_pass() -> None:
+    ahead = stage_of(3)._replace(ahead=50 * MILLION)
+    found = placed(ahead, 8, study=1.0)
+    assert found.moment == "forward"
+    assert found.kinds["parameters"] == pytest.approx((400 / 8 + 400) * MILLION)
+    assert found.kinds["communication buckets"] == 4 * 50 * MILLION
+    assert (
+        placed(ahead._replace(ahead=500 * MILLION), 8, study=1.0).kinds["communication buckets"] == 400 * MILLION
+    )  # all there is
+    assert placed(ahead, 1, study=1.0).moment != "forward"  # alone nothing has to be fetched
 
 
 def test_buckets_by_hand() -> None:

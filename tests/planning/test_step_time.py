@@ -27,7 +27,7 @@ def machine(ranks: int, rates: Rates = RATES, *, on_cuda: bool = True) -> Machin
 
 
 def stage_of(number: int, *, bucket: int = 5 * 10**8, overlap: bool = False) -> Stage:
-    return Stage(f"zero{number}", number, bucket, overlap, False, False, 10**9, 10**5)
+    return Stage(f"zero{number}", number, bucket, overlap, False, False, 10**9, 10**5, 0)
 
 
 def steady() -> Traces:
