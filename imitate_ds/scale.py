@@ -15,7 +15,7 @@ import torch
 
 from imitate_ds.config import RunConfig
 from imitate_ds.data.shard_index import ShardIndex
-from imitate_ds.data.shard_store import is_remote
+from imitate_ds.data.shard_urls import is_remote
 from imitate_ds.data.train_plan import build_train_plan, open_train_folders
 from imitate_ds.evaluate import evaluate_probe
 from imitate_ds.evaluation.scaling_page import write_scaling

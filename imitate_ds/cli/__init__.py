@@ -146,7 +146,8 @@ def status(
     ] = 0,
 ) -> None:
     """How runs stand, from their files: state, progress, losses, checkpoint, ranks that are silent or behind, failures."""
-    from imitate_ds.status import follow, status_view
+    from imitate_ds.cli.status_view import status_view
+    from imitate_ds.status import follow
 
     for statuses in follow(runs, verify=verify, every_s=watch):
         if as_json:

@@ -16,7 +16,8 @@ from typing import BinaryIO
 from zlib import crc32
 
 from imitate_ds.data.member_table import MEMBERS, Member, MemberTable, map_table
-from imitate_ds.data.shard_store import File, ShardStore, is_remote, open_store
+from imitate_ds.data.shard_store import File, ShardStore, open_store
+from imitate_ds.data.shard_urls import is_remote
 
 FORMAT = "imitate_ds.shards/2"
 INDEX = "index.json"

@@ -5,7 +5,6 @@ the cache; one of them downloads a file while the others wait for it. Downloads 
 and what else it has a package for; a broken one goes on where it broke off.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,9 +20,10 @@ from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from imitate_ds.data.shard_transport import BLOCK, Fault, is_http, open_file_system, remote_bytes, require_protocol
+from imitate_ds.data.file_locks import release_lock, take_lock
+from imitate_ds.data.shard_transport import BLOCK, Fault, open_file_system, remote_bytes, require_protocol
+from imitate_ds.data.shard_urls import cache_folder_name, is_remote, join_url, lower_scheme, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ KEEP_S = 60.0  # whoever was handed a path has this long to open it
 PREFETCH_THREADS = 4
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 LONGEST_NAME = 200
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:\ is a drive
 CREDENTIALS = (
     "check the credentials: for s3 those of the AWS tools (FSSPEC_S3_ANON=true where none are needed), for http "
     "~/.netrc"
@@ -176,12 +175,12 @@ class ShardStore:
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
         """The lock file of a file, held: by one thread of one process at a time."""
-        lock = _take_lock(self._side_path(name, "lock"), wait=True)
+        lock = take_lock(self._side_path(name, "lock"), wait=True)
         assert lock is not None
         try:
             yield lock
         finally:
-            _release(lock)
+            release_lock(lock)
 
     def _side_path(self, name: str, suffix: str) -> Path:
         return self.root / FETCHING / f"{name.replace('/', '+')}.{suffix}"  # '+' is in no name
@@ -255,7 +254,7 @@ class ShardStore:
             ) from None
 
     def _bytes_of(self, file: File, start: int, limit: int) -> Iterator[bytes]:
-        url, sized = _join(self.url, file.name), file.bytes is not None
+        url, sized = join_url(self.url, file.name), file.bytes is not None
         return remote_bytes(self._queue().file_system, url, start, limit, sized=sized, timeout_s=self.timeout_s)
 
     def _error(self, file: File, fault: Fault) -> OSError:
@@ -296,7 +295,7 @@ class ShardStore:
 
     def _remove_unused(self, path: Path) -> bool:
         """Whether the file is gone now. Readers that hold it open keep it."""
-        lock = _take_lock(self._side_path(path.name, "lock"), wait=False)
+        lock = take_lock(self._side_path(path.name, "lock"), wait=False)
         if lock is None:
             return False  # somebody is just fetching it
         try:
@@ -307,12 +306,7 @@ class ShardStore:
             path.unlink(missing_ok=True)  # another process may be making room too
             return True
         finally:
-            _release(lock)
-
-
-def is_remote(location: str) -> bool:
-    """Whether a location is a URL (http://, https://, s3://, ...), and not a path."""
-    return SCHEME.match(location) is not None
+            release_lock(lock)
 
 
 def open_store(
@@ -331,12 +325,12 @@ def open_store(
     location = str(location)
     if not is_remote(location):
         return ShardStore(location, Path(location))
-    location = SCHEME.sub(lambda scheme: scheme[0].lower(), location, count=1)
-    shown = _without_credentials(location)
+    location = lower_scheme(location)
+    shown = without_credentials(location)
     # Here and not when the first file is asked for: a process must not be forked while its threads import.
     require_protocol(location)
     cache = cache or Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
-    root = cache.absolute() / _folder_name(shown)
+    root = cache.absolute() / cache_folder_name(shown)
     _make_private(root)
     return ShardStore(shown, root, True, max_bytes, attempts, timeout_s, location)
 
@@ -344,21 +338,16 @@ def open_store(
 # Of this process, for fork does not copy threads. Two stores of the same values share one.
 _queues: dict[ShardStore, _Queue] = {}
 _inherited: list[dict[ShardStore, _Queue]] = []
-_locks: set[int] = set()
 
 
 def _after_fork() -> None:
     """In a forked child: let go of what belongs to the parent without touching it.
 
     The parent's connections are kept for ever, unused: closing them here would take them out of the parent's epoll,
-    which a fork shares, and the parent would wait for them in vain. Locks are only closed, for unlocking would free them
-    in the parent too; kept open they would stay locked after a parent that was killed.
+    which a fork shares, and the parent would wait for them in vain.
     """
     _inherited.append(dict(_queues))
     _queues.clear()
-    for lock in _locks:
-        os.close(lock)
-    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -372,39 +361,6 @@ def _checked_name(name: object) -> str:
             f"with a letter or a digit, with '/' between them, {LONGEST_NAME} characters at most"
         )
     return name
-
-
-def _split(location: str) -> SplitResult:
-    try:
-        parts = urlsplit(location)
-        _ = parts.port if is_http(location) else None  # raises where a password has a '/'
-    except ValueError:
-        parts = None
-    if parts is None or (not parts.netloc.rpartition("@")[2] and parts.scheme != "file"):
-        raise ValueError(
-            "data.shards: a URL that cannot be read; write https://host/folder or s3://bucket/folder, and characters such "
-            "as / ? # @ in a user name or a password as %2F %3F %23 %40"
-        )
-    return parts
-
-
-def _without_credentials(location: str) -> str:
-    parts = _split(location)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
-
-
-def _join(location: str, name: str) -> str:
-    """The URL of a file of a folder. A query, which may hold an access token, stays behind it."""
-    if not is_http(location):
-        return f"{location.rstrip('/')}/{name}"
-    parts = _split(location)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{name}", parts.query, ""))
-
-
-def _folder_name(location: str) -> str:
-    """The same for a location whatever token it is read with, so that a new one finds the files."""
-    tail = re.sub(r"[^A-Za-z0-9._-]+", "_", location.rpartition("/")[2])[-60:].lstrip(".")
-    return f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{tail}"
 
 
 def _make_private(root: Path) -> None:
@@ -431,38 +387,6 @@ def _regular(path: Path) -> os.stat_result | None:
         return path.stat() if path.is_file() else None
     except FileNotFoundError:
         return None
-
-
-def _take_lock(path: Path, *, wait: bool) -> int | None:
-    """The descriptor of a lock file, locked; None if somebody else has it and wait is False.
-
-    flock and not lockf, which would not hold one thread of a process back from another.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    _locks.add(lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        _forget(lock)
-        return None
-    except OSError as error:
-        _forget(lock)
-        raise OSError(
-            error.errno,
-            f"{path.parent}: cannot lock files there ({error.strerror}); set data.cache_dir to a local disk",
-        ) from None
-    return lock
-
-
-def _release(lock: int) -> None:
-    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough while a forked child has a copy of the descriptor
-    _forget(lock)
-
-
-def _forget(lock: int) -> None:
-    _locks.discard(lock)
-    os.close(lock)
 
 
 def _read_note(lock: int) -> _Note:

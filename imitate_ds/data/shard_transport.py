@@ -12,6 +12,8 @@ import fsspec
 import fsspec.asyn
 import fsspec.config
 
+from imitate_ds.data.shard_urls import is_http
+
 BLOCK = 8 * 2**20  # bytes of one request, where a protocol has no streams; and the progress that earns new attempts
 CONNECT_S = 15.0  # a machine that answers at all does so sooner
 WITHOUT_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound")
@@ -28,10 +30,6 @@ class Fault(Exception):
         self.fatal = fatal
         self.restart = restart
         self.cut = cut
-
-
-def is_http(location: str) -> bool:
-    return location.startswith(("http://", "https://"))
 
 
 def remote_bytes(

@@ -12,7 +12,7 @@ from torch import Tensor
 from imitate_ds.batch import Tokens
 from imitate_ds.config import DataConfig, RunConfig
 from imitate_ds.data.shard_index import INDEX, ShardIndex, read_samples
-from imitate_ds.data.shard_store import is_remote
+from imitate_ds.data.shard_urls import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX, sections_of
 from imitate_ds.data.train_plan import open_train_folders
 from imitate_ds.models.huggingface_encoder import TextShape, look_up_shape
