@@ -23,7 +23,8 @@ h1 {{ font-size: 1.6rem }} h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #d
 table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #e4e8ec; text-align: right; white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
-small {{ color: #59636e }} img {{ max-width: 100% }} pre {{ white-space: pre-wrap; font-size: 12px }}
+small {{ color: #59636e }} .note {{ white-space: normal }}
+img {{ max-width: 100% }} pre {{ white-space: pre-wrap; font-size: 12px }}
 .flag {{ background: #fff3cd; border-left: 4px solid #b58100; padding: .6rem 1rem }}
 </style></head><body>
 <h1>{title}</h1>

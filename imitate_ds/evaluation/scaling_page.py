@@ -24,6 +24,7 @@ from imitate_ds.evaluation.scaling_rows import LAST_SHARE, ScalingRow
 from imitate_ds.evaluation.validation import LOSS_CHUNK
 
 FORMAT = "imitate_ds.scaling/1"
+MARKERS = "os^Dv*XP"
 NOTES = {
     "val_loss": "Validation loss: the terms between images and texts, mean over chunks of "
     f"{LOSS_CHUNK} validation studies, so of runs with any batch size alike.",
@@ -95,14 +96,16 @@ def _pictures(lines: Sequence[Line]) -> str:
 
 
 def _draw(axes: Axes, lines: Sequence[Line]) -> None:
-    """Runs as points, laws and their intervals as lines and bands within the range of their runs, never beyond it."""
-    for number, line in enumerate(lines):
+    """Runs as points, means over seeds as larger ones; laws and their intervals as lines and bands, never beyond their runs."""
+    looks = _looks(lines)
+    for line in lines:
         best = line.name == FRONTIER
-        colour = "0.25" if best else f"C{number % 10}"
+        colour, marker = looks[line.name]
         if not best:
-            axes.plot(line.x, line.y, "o", ms=4, alpha=0.7, color=colour, mec="none")
+            axes.plot(line.x, line.y, marker, ms=3 if line.law is None else 4, alpha=0.6, color=colour, mec="none")
         if line.law is None:
-            axes.plot(*_means(line), "-" if len(set(line.x)) > 1 else "o", lw=0.8, ms=4, color=colour, label=line.name)
+            style = {"ls": "-", "lw": 0.8} if len(set(line.x)) > 1 else {"ls": ""}
+            axes.plot(*_means(line), marker=marker, ms=6, color=colour, mec="white", mew=0.5, label=line.name, **style)
             continue
         x = np.geomspace(line.law.low, line.law.high, 100)
         style = {"ls": ":" if best else "-", "lw": 1.6 if best else 1.2, "color": colour}
@@ -118,6 +121,18 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.tick_params(labelsize=7, which="both")
     axes.legend(fontsize=6.5, ncols=1 + len(lines) // 12)
+
+
+def _looks(lines: Sequence[Line]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every line: a colour for each encoder where there are several, the marker tells its lines apart."""
+    encoders = list(dict.fromkeys(line.rows[0].encoder for line in lines if line.name != FRONTIER))
+    drawn, looks = [0] * len(encoders), {FRONTIER: ("0.25", "")}
+    for number, line in enumerate(line for line in lines if line.name != FRONTIER):
+        encoder = encoders.index(line.rows[0].encoder)
+        colour = encoder if len(encoders) > 1 else number
+        looks[line.name] = f"C{colour % 10}", MARKERS[drawn[encoder] % len(MARKERS)]
+        drawn[encoder] += 1
+    return looks
 
 
 def _means(line: Line) -> tuple[list[float], list[float]]:
@@ -138,15 +153,15 @@ def _law_table(lines: Sequence[Line]) -> str:
     for line in (line for line in lines if len(set(line.x)) > 1):
         start = [escape(line.name), escape(line.axis.label), str(len(line.x))]
         if line.law is None:
-            body.append([*start, *[""] * 3, "<small>fewer than three different sizes give no law</small>"])
+            body.append([*start, *[""] * 3, '<small class="note">fewer than three different sizes give no law</small>'])
             continue
         given = [_with_interval(line.law, name) for name in ("floor", "scale", "exponent")]
-        body.append([*start, *given, f"<small>{escape(line.law.why_no_interval)}</small>"])
+        body.append([*start, *given, f'<small class="note">{escape(line.law.why_no_interval)}</small>'])
     header = ["runs on one line", "x", "runs", "a", "b", "c", ""]
     note = (
         "<p><small>a + b x^-c by least squares in logarithms; a floor a only where it is worth its parameter (AICc). In brackets "
         "95 % intervals (Student's t), as are the bands. A law holds within the range of its runs. The line of the best is "
-        "chosen by its figures, so it is a little too low.</small></p>"
+        "chosen by its figures, so it is a little too low. Small points are runs, large ones means over seeds.</small></p>"
     )
     return html_table(header, body) + note
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from imitate_ds.evaluation.scaling_laws import AXES, FRONTIER, lines_of, measures
-from imitate_ds.evaluation.scaling_page import write_scaling
+from imitate_ds.evaluation.scaling_page import _looks, write_scaling
 from imitate_ds.evaluation.scaling_rows import Planned, ScalingRow, read_row
 
 COUNTERS = {
@@ -136,6 +136,18 @@ def test_a_failed_run_and_a_loss_that_is_not_of_all_stand_on_no_line(rows):
     assert lines_of(batches, AXES[2], measure) == [], "a training loss grows with the batch, whatever is learned"
     assert FRONTIER in {line.name for line in lines_of(batches, AXES[0], measures(batches)[0])}
     assert FRONTIER not in {line.name for line in lines_of(batches, AXES[0], measure)}
+
+
+def test_an_encoder_has_one_colour_and_its_lines_each_a_marker():
+    rows = [_row(encoder, share, seed) for encoder in ("small", "large") for share in (0.5, 1.0) for seed in (0, 1)]
+    measure = measures(rows)[0]
+    lines = lines_of([row._replace(budget=4800) for row in rows], AXES[0], measure)
+    looks = _looks(lines)
+    assert len(looks) == len(set(looks.values())) == 5
+    small, large = ({looks[line.name] for line in lines if line.rows[0].encoder == name} for name in ("small", "large"))
+    assert {colour for colour, _ in small - {looks[FRONTIER]}}.isdisjoint(colour for colour, _ in large)
+    alone = _looks([line for line in lines if line.rows[0].encoder == "small" and line.name != FRONTIER])
+    assert len({colour for colour, _ in alone.values()}) == 3  # with that of the line of the best
 
 
 def test_the_page_needs_no_other_file_and_the_table_holds_every_run(rows, tmp_path):
