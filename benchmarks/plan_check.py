@@ -119,8 +119,8 @@ def tokens_of(studies: int, generator: torch.Generator, *, crowded: bool):
     from imitate_ds.planning.assumptions import USUAL_SPREAD, USUAL_TOKENS
     from imitate_ds.planning.text import Lengths
 
-    usual = Lengths(*USUAL_TOKENS, USUAL_SPREAD * sum(USUAL_TOKENS), 256)
-    mean = torch.tensor(usual.of_a_study(studies, crowded=crowded))
+    usual = Lengths(*USUAL_TOKENS, USUAL_SPREAD * sum(USUAL_TOKENS), 256, 256)
+    mean = torch.tensor(usual.of_a_study(studies if crowded else None))
     share = torch.linspace(0.5, 1.5, studies)[torch.randperm(studies, generator=generator)]
     lengths = (share[:, None] * mean).round().long()
     ids = torch.randint(2, 10_000, (int(lengths.sum()),), generator=generator, dtype=torch.int32)

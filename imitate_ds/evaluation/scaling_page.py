@@ -104,8 +104,9 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
         if not best:
             axes.plot(line.x, line.y, marker, ms=3 if line.law is None else 4, alpha=0.6, color=colour, mec="none")
         if line.law is None:
-            style = {"ls": "-", "lw": 0.8} if len(set(line.x)) > 1 else {"ls": ""}
-            axes.plot(*_means(line), marker=marker, ms=6, color=colour, mec="white", mew=0.5, label=line.name, **style)
+            joined = "-" if len(set(line.x)) > 1 else ""
+            (means,) = axes.plot(*_means(line), marker=marker, ls=joined, lw=0.8, color=colour, label=line.name)
+            means.set(markersize=6, markeredgecolor="white", markeredgewidth=0.5)
             continue
         x = np.geomspace(line.law.low, line.law.high, 100)
         style = {"ls": ":" if best else "-", "lw": 1.6 if best else 1.2, "color": colour}

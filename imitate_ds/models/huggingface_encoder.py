@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -147,15 +149,29 @@ def _said(name_or_folder: str) -> Iterator[None]:
     """What transformers raises, as FileNotFoundError where nothing is there, as ValueError where it cannot be read."""
     try:
         yield
-    except Exception as error:  # JSON of another form than it expects raises what it may
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # of JSON of another form than it expects what may come, of tokenizers no other kind than this
         if "trust_remote_code" in str(error):
             raise ValueError(_wants_own_code(name_or_folder)) from None
-        if isinstance(error, (OSError, ValueError)) and not (Path(name_or_folder) / "config.json").is_file():
+        if isinstance(error, (OSError, ValueError)) and not _is_here(name_or_folder):
             raise FileNotFoundError(_how_to_get(name_or_folder)) from error
         raise ValueError(
             f"text encoder = {name_or_folder!r}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); "
             "copy or download it again, or install what it asks for"
         ) from error
+
+
+def _is_here(name_or_folder: str) -> bool:
+    """In a folder, or in the hub's cache."""
+    if Path(name_or_folder).is_dir():
+        return (Path(name_or_folder) / "config.json").is_file()
+    try:
+        return isinstance(try_to_load_from_cache(name_or_folder, "config.json"), str)
+    except HFValidationError:  # such a name the hub cannot have
+        return False
 
 
 def _config_and_tokenizer(

@@ -12,7 +12,7 @@ from torch import nn
 from imitate_ds.config import TrainConfig
 from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT, LossCost
-from imitate_ds.planning.trace import Trace, Traces
+from imitate_ds.planning.trace import CrowdedTraces, Trace, Traces
 from imitate_ds.training.batch_norm import BATCH_NORMS
 from imitate_ds.training.engine import load_deepspeed_json, lowered_elements, zero_settings
 
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
     offloads_optimizer: bool
     offloads_parameters: bool
     live: int  # elements of parameters that ZeRO-3 may hold gathered
-    persistent: int  # a parameter of fewer elements stays whole on every rank
+    persistent: int  # a parameter of no more elements stays whole on every rank
     ahead: int  # elements of parameters that ZeRO-3 fetches before they are needed
 
     @property
@@ -55,15 +55,18 @@ class Size(NamedTuple):
     lowered: int  # of trained: reduced in 16 bits under autocast
     largest: int  # of trained: in one parameter
     frozen: int  # of parameters that do not train: ZeRO-3 shares them out too
-    small: int  # of both: in parameters that ZeRO-3 leaves whole
+    each: tuple[int, ...]  # of both: in every parameter
     buffers: int  # bytes
     batch_norms: int  # layers
     modules: int  # that hold weights themselves
 
-    @property
-    def sharded(self) -> int:
-        """Elements that a rank of ZeRO-3 holds a part of."""
-        return self.trained + self.frozen - self.small
+    def small(self, stage: Stage) -> int:
+        """In parameters that ZeRO-3 leaves whole on every rank."""
+        return sum(count for count in self.each if count <= stage.persistent)
+
+    def sharded(self, stage: Stage) -> int:
+        """That a rank of ZeRO-3 holds a part of."""
+        return self.trained + self.frozen - self.small(stage)
 
 
 class Precision(NamedTuple):
@@ -78,7 +81,7 @@ class Precision(NamedTuple):
 class Work(NamedTuple):
     """A step, the ZeRO stage that it is taken under, and the machine that takes it."""
 
-    traces: Traces
+    traces: Traces | CrowdedTraces
     loss: LossCost
     size: Size
     precision: Precision
@@ -113,7 +116,7 @@ def read_stage(name: str) -> Stage:
     )
 
 
-def model_size(model: nn.Module, persistent: int = 10**5) -> Size:
+def model_size(model: nn.Module) -> Size:
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     return Size(
@@ -121,7 +124,7 @@ def model_size(model: nn.Module, persistent: int = 10**5) -> Size:
         lowered_elements(model),
         max(trained),
         sum(frozen),
-        sum(count for count in trained + frozen if count < persistent),
+        (*trained, *frozen),
         sum(buffer.nbytes for buffer in model.buffers()),
         sum(isinstance(module, BATCH_NORMS) for module in model.modules()),
         sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None),
@@ -158,7 +161,8 @@ def place(
     flushed = _flushed(size, precision, stage)
 
     moments = {
-        "forward": lasting
+        "forward": gathered
+        | lasting
         | {
             "activations": batch + features + trace.saved,
             "gradients": finished if cached else 0.0,
@@ -211,8 +215,8 @@ def _states(size: Size, precision: Precision, stage: Stage, ranks: int) -> dict[
     optimizer = 0.0 if stage.offloads_optimizer else own * (ADAM + FLOAT * copies)
     if stage.stage < 3:
         return {"parameters": weights + size.buffers, "optimizer states": optimizer}
-    kept = size.sharded * precision.weights / ranks * (not stage.offloads_parameters)
-    small = size.small * precision.weights * (1 if ranks == 1 else 1 + 1 / ranks)
+    kept = size.sharded(stage) * precision.weights / ranks * (not stage.offloads_parameters)
+    small = size.small(stage) * precision.weights * (1 if ranks == 1 else 1 + 1 / ranks)
     return {
         "parameters": kept + small + size.buffers,
         "optimizer states": optimizer,
@@ -224,11 +228,13 @@ def _gathered_parameters(size: Size, precision: Precision, stage: Stage, ranks: 
     """ZeRO-3 lets go of what is not needed again within `live` elements: of most models, nothing before the backward pass."""
     if stage.stage < 3 or (ranks == 1 and not stage.offloads_parameters):
         return 0.0
-    return min(size.sharded, stage.live) * precision.weights
+    return min(size.sharded(stage), stage.live) * precision.weights
 
 
 def _in_flight(size: Size, precision: Precision, stage: Stage, ranks: int) -> float:
-    """What ZeRO-3 fetches ahead comes in one flat buffer, from which every weight is copied."""
+    """What ZeRO-3 fetches ahead comes in one flat buffer, from which every weight is copied; from the host it comes without."""
+    if ranks == 1:
+        return 0.0
     return min(_gathered_parameters(size, precision, stage, ranks), stage.ahead * precision.weights)
 
 
@@ -279,4 +285,4 @@ def _host(size: Size, precision: Precision, stage: Stage, ranks: int) -> float:
     if not stage.offloads_optimizer:
         return 0.0
     gradients_and_states = size.trained / ranks * (ADAM + 2 * FLOAT + precision.weights)
-    return gradients_and_states + size.sharded / ranks * precision.weights * stage.offloads_parameters
+    return gradients_and_states + size.sharded(stage) / ranks * precision.weights * stage.offloads_parameters

@@ -100,14 +100,14 @@ def _gathering_seconds(
     At ZeRO-3 in every forward pass, of which GradCache makes two a chunk, and again in the backward pass where a model has more
     elements than may stay gathered; from the host first, where a rank's part lies there.
     """
-    sent = (size.sharded if stage.stage == 3 else size.trained) * precision.weights
+    sent = (size.sharded(stage) if stage.stage == 3 else size.trained) * precision.weights
     once = (ranks - 1) / ranks * sent / rates.link + rates.meet if ranks > 1 and stage.stage else 0.0
     if stage.stage < 3:
         return once
     if stage.offloads_parameters:
         once += sent / ranks / rates.host_link
     forward, backward = (2 * chunks, chunks) if chunks > 1 else (1, 1)
-    return once * (forward + backward * (size.sharded > stage.live))
+    return once * (forward + backward * (size.sharded(stage) > stage.live))
 
 
 def _optimizer_seconds(size: Size, precision: Precision, stage: Stage, machine: Machine, rates: Rates) -> float:

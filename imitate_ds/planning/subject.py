@@ -1,5 +1,6 @@
 """What a plan is about: the run's model, traced, and what its data say, or are said to be."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from imitate_ds.planning.assumptions import Machine
 from imitate_ds.planning.loss import FLOAT
 from imitate_ds.planning.memory import Precision, Size, model_size, precision_of
 from imitate_ds.planning.text import PlannedText, PlannedTower, folders_here, read_text
-from imitate_ds.planning.trace import Traces, trace_pair
+from imitate_ds.planning.trace import CrowdedTraces, Traces, trace_pair
 from imitate_ds.recipe import Inputs, build_model
 from imitate_ds.training.batch_norm import batch_norm_policy, freeze_batch_norm, has_batch_norm, set_training_mode
 from imitate_ds.training.course import Horizon
@@ -36,7 +37,7 @@ class Subject(NamedTuple):
     config: RunConfig
     data: Data
     traces: Traces
-    crowded: Traces  # the same where reports are as long as they may meet in one micro batch
+    crowded: Traces | CrowdedTraces  # the same where reports are as long as they may meet in one micro batch
     size: Size
     precision: Precision
     studies: int  # of one rank and step
@@ -97,10 +98,8 @@ def study_run(config: RunConfig, machine: Machine, data: Data) -> Subject:
     trace = partial(
         trace_pair, model, step, sizes, autocast=dtype if precision.autocast else None, as_cuda=machine.on_cuda
     )
-    traces = crowded = trace()
-    if isinstance(model.text_tower, PlannedTower):
-        model.text_tower.crowded = True
-        crowded = trace()
+    traces = trace()
+    crowded = _crowded(model, traces, trace, studies) if text else traces
     embeddings = 4 + 4 * config.model.aggregation.enabled  # of both views and both texts, at each level
     return Subject(
         config,
@@ -134,6 +133,19 @@ def _model(config: RunConfig, machine: Machine, text_width: int, text: PlannedTe
         freeze_batch_norm(model)
     set_training_mode(model, policy)
     return model
+
+
+def _crowded(model: nn.Module, usual: Traces, trace: Callable[[], Traces], studies: int) -> CrowdedTraces:
+    """At the lengths of the mean, of the wanted micro batch, and of the smallest one."""
+    tower = model.text_tower
+    assert isinstance(tower, PlannedTower)
+    length_of = partial(tower.row_length, with_findings=model.findings_branch is not None)
+    by_length = {length_of(None): usual}
+    for met in (studies, 2):
+        tower.met = met
+        if length_of(met) not in by_length:
+            by_length[length_of(met)] = trace()
+    return CrowdedTraces(by_length, length_of)
 
 
 def _step(model: nn.Module, studies: int, *, size: int, text_width: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imitate_ds.batch import Tokens
 from imitate_ds.config import DataConfig, RunConfig
-from imitate_ds.data.shard_index import INDEX, ShardIndex, read_samples
+from imitate_ds.data.shard_index import INDEX, ShardIndex, read_metas
 from imitate_ds.data.shard_urls import is_remote
 from imitate_ds.data.text_cache import TEXT_INDEX, sections_of
 from imitate_ds.data.train_plan import open_train_folders
@@ -31,13 +31,15 @@ class Lengths(NamedTuple):
     findings: float  # in the mean over studies
     impression: float  # likewise; of the text that the highest level is aligned with (data.impression_text)
     spread: float  # standard deviation of a study's sum
-    longest: int  # of a section
+    longest: int  # of a section, of those that were counted
+    most: int  # that the encoder reads of a section
 
-    def of_a_study(self, studies: int, *, crowded: bool) -> tuple[int, int]:
-        """Findings and impression, where so many studies meet: in the mean, or where long ones happen to."""
-        mean = self.findings + self.impression
-        more = 1 + CROWDED * self.spread / studies**0.5 / mean if crowded else 1.0
-        return max(1, round(self.findings * more)), max(1, round(self.impression * more))
+    def of_a_study(self, met: float | None = None) -> tuple[int, int]:
+        """Findings and impression: in the mean, or where long ones meet in a micro batch of so many studies."""
+        mean = max(1.0, self.findings + self.impression)
+        more = 1.0 if met is None else 1 + CROWDED * self.spread / met**0.5 / mean
+        findings, impression = (max(1, min(self.most, round(part * more))) for part in (self.findings, self.impression))
+        return findings, impression
 
 
 class PlannedText(NamedTuple):
@@ -63,17 +65,19 @@ def read_text(config: RunConfig) -> PlannedText:
         said = f"{encoder} is not here, a BERT-base is assumed"
         return PlannedText(shape, *_usual(config.data, shape, said))
     check_max_tokens(config.text, shape.max_tokens)
-    # As many of each folder: their share of what the run reads is their weight.
     found = [_counted(folder, config.data, shape.tokenize) for folder in folders]
     if not found or not all(map(len, found)):
         return PlannedText(shape, *_usual(config.data, shape, encoder))
-    weights = np.array([part.weight for part in config.data.shards])
+    # As many are counted of a large folder as of a small one, but an epoch passes so often over all of each.
+    parts = zip(config.data.shards, folders, strict=True)
+    weights = [part.weight * _studies(folder, config.data) for part, folder in parts]
     findings, impression = np.average([counts.mean(0) for counts in found], axis=0, weights=weights).tolist()
     mean = findings + impression
     sums = [counts.sum(1) for counts in found]
     square = np.average([(counts.astype(float) ** 2).mean() for counts in sums], weights=weights)
     spread = max(0.0, square - mean**2) ** 0.5
-    lengths = Lengths(findings, impression, float(spread), max(int(counts.max()) for counts in found))
+    longest = max(int(counts.max()) for counts in found)
+    lengths = Lengths(findings, impression, float(spread), longest, shape.max_tokens)
     places = ", ".join(str(folder.root) for folder in folders)
     return PlannedText(shape, lengths, f"{encoder}; {mean:.0f} tokens in a report of {places}")
 
@@ -82,7 +86,7 @@ def _usual(data: DataConfig, shape: TextShape, said: str) -> tuple[Lengths, str]
     findings, impression = USUAL_TOKENS
     second = impression if data.impression_text == "impression" else findings + impression
     first, second = min(findings, shape.max_tokens), min(second, shape.max_tokens)
-    lengths = Lengths(first, second, USUAL_SPREAD * (first + second), shape.max_tokens)
+    lengths = Lengths(first, second, USUAL_SPREAD * (first + second), shape.max_tokens, shape.max_tokens)
     return lengths, f"{said}; {first + second} tokens in a report assumed"
 
 
@@ -96,10 +100,15 @@ def _counted(folder: ShardIndex, data: DataConfig, tokenize: Callable[[Sequence[
     return np.array(columns, int).T
 
 
+def _studies(folder: ShardIndex, data: DataConfig) -> int:
+    return sum(shard.samples for shard in folder.of_split(data.train_split))
+
+
 def _reports(folder: ShardIndex, data: DataConfig) -> Iterator[tuple[str, str]]:
-    for _, _, meta in read_samples(folder, data.train_split):
-        sections = sections_of(meta)
-        yield sections["findings"], sections[data.impression_text]
+    for shard in folder.of_split(data.train_split):
+        for _, meta in read_metas(folder, shard):
+            sections = sections_of(meta)
+            yield sections["findings"], sections[data.impression_text]
 
 
 def _present(tokenize: Callable[[Sequence[str]], list[list[int]]], texts: list[str]) -> list[list[int]]:
@@ -113,24 +122,33 @@ class PlannedTower(TextTower):
 
     Where sections share rows, a study is a row here. Real rows are as long as the longest section and hold several, which makes
     attention dearer: by 4 % of BERT-base's operations at 280 tokens a row, and on a CPU by a third of its memory. Where a
-    section is a row, all are as long as the longest.
+    section is a row, all are as long as the longest: one of full length is met sooner or later.
     """
 
     def __init__(self, text: PlannedText, trainable_layers: Layers, *, on_cuda: bool):
         # A GPU's fused attention drops out by itself; a CPU's gives way to one that writes all of it out.
         super().__init__(text.shape.build(attention_dropout=not on_cuda), trainable_layers)
         self._lengths = text.lengths
-        self.crowded = False  # whether the micro batch has long reports
+        self.met: float | None = None  # of how many studies long reports meet; None: those of the mean do
+
+    def row_length(self, met: float | None, *, with_findings: bool) -> int:
+        """Tokens."""
+        if not self._packs:
+            return self._lengths.longest if met is None else self._lengths.most
+        findings, impression = self._lengths.of_a_study(met)
+        return impression + findings * with_findings
 
     def forward(self, tokens: Tokens, *, with_findings: bool = True) -> Tensor:
         studies, sections = len(tokens.lengths), 1 + with_findings
-        findings, impression = self._lengths.of_a_study(studies, crowded=self.crowded)
+        length = self.row_length(self.met, with_findings=with_findings)
         if self._packs:
-            rows, length = studies, impression + findings * with_findings
-            mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # of two dimensions it would be looked into
+            rows, mask = (
+                studies,
+                torch.ones(studies, 1, length, length, dtype=torch.bool),
+            )  # of 2-D it would be looked into
             options = {"position_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": mask}
         else:
-            rows, length, options = studies * sections, self._lengths.longest, {}
+            rows, options = studies * sections, {}
         try:
             states = self.model(input_ids=torch.zeros(rows, length, dtype=torch.long), **options).last_hidden_state
         except RuntimeError as error:

@@ -4,6 +4,7 @@ Forward and backward pass under torch's FakeTensorMode, which knows shapes but n
 any batch takes a second and no memory. Every operation is linear in the micro batch, so two steps say what any other needs.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,12 +62,30 @@ class Traces(NamedTuple):
 
     def at(self, studies: float) -> Trace:
         """At any micro batch, on the line through both."""
-        small, large = self
-        far = (studies - small.studies) / (large.studies - small.studies)
-        columns = {
-            name: getattr(small, name) * (1 - far) + getattr(large, name) * far for name in ("live", "flops", "moved")
-        }
-        return large._replace(studies=studies, **columns)
+        return _on_polynomial(studies, {trace.studies: trace for trace in self})._replace(studies=studies)
+
+
+class CrowdedTraces(NamedTuple):
+    """The same step where rows of tokens are the longer the fewer studies there are; attention grows with their square."""
+
+    by_length: dict[int, Traces]  # of a row; three of them are exact
+    length_of: Callable[[float], float]  # of a row, at a micro batch
+
+    def at(self, studies: float) -> Trace:
+        """At any micro batch, on the parabola through those at three lengths."""
+        traces = {float(length): pair.at(studies) for length, pair in self.by_length.items()}
+        return _on_polynomial(self.length_of(studies), traces)
+
+
+def _on_polynomial(x: float, points: dict[float, Trace]) -> Trace:
+    """Of the lowest degree through traces of the same operations (Lagrange)."""
+    shares = {at: math.prod((x - other) / (at - other) for other in points if other != at) for at in points}
+    parts = [(points[at], share) for at, share in shares.items() if share]
+    columns = {
+        name: np.sum([getattr(trace, name) * share for trace, share in parts], axis=0)
+        for name in ("live", "flops", "moved")
+    }
+    return parts[0][0]._replace(**columns)
 
 
 def trace_pair(

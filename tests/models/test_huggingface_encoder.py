@@ -132,6 +132,32 @@ def test_a_bert_folder_without_weights_or_with_those_of_another_is_not_lost(bert
             read(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("changes", "left_out", "reason"),
+    [
+        ({"model_type": "of_next_year"}, [], r"cannot be read \(\w+: .*of_next_year"),
+        ({"num_attention_heads": 5}, [], r"cannot be read \(ValueError: .* attention heads"),
+        ({}, ["*.safetensors"], r"cannot be read \(OSError: "),
+        ({}, ["config.json"], r"the hub has no such model or cannot be reached"),
+    ],
+)
+def test_what_the_cache_of_the_hub_holds_is_not_called_absent(bert, tmp_path, monkeypatch, changes, left_out, reason):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--some--bert"
+    snapshot = shutil.copytree(bert, folder / "snapshots/abc", ignore=shutil.ignore_patterns(*left_out))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    if changes:
+        config = json.loads((snapshot / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        load_text_encoder("some/bert")
+    if "model_type" in changes:
+        with pytest.raises(ValueError, match=reason):
+            look_up_shape("some/bert")
+
+
 @pytest.mark.parametrize("read", [load_text_encoder, look_up_shape])
 def test_a_bert_folder_without_its_words_is_refused(bert, tmp_path, read):
     folder = shutil.copytree(bert, tmp_path / "bert", ignore=shutil.ignore_patterns("tokenizer*"))

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -15,3 +17,12 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, read):
     (tmp_path / DESCRIPTION).write_text(json.dumps({"kind": "huggingface", "max_tokens": "many"}))
     with pytest.raises(ValueError, match="max_tokens = 'many': must be a whole number"):
         read(str(tmp_path))
+
+
+def test_pre_training_imports_no_encoder_until_one_is_asked_for():
+    """Every rank would pay for it: two seconds of transformers and scikit-learn."""
+    program = (
+        "import sys, imitate_ds.pretrain; print(sorted({'transformers', 'sklearn', 'tokenizers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines()[-1] == "[]"

@@ -48,6 +48,15 @@ def test_one_pass_gives_each_text_as_it_is_alone(encoder, layers, packs):
     assert rows.eq(0).all(dim=2).tolist() == [[not text for text in report] for report in REPORTS]
 
 
+def test_in_float64_vectors_stay_so(encoder):
+    tokens = _tokens(REPORTS, encoder.tokenize)
+    rows = TextTower(encoder.model, 0).eval()(tokens)
+    exact = TextTower(encoder.model.double(), 0).eval()(tokens)
+    assert (rows.dtype, exact.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(rows.double(), exact)
+
+
 def test_short_texts_share_a_row():
     laid = _laid_out(torch.tensor([2, 7, 3, 2, 1]), together=True)
     assert laid.owners.tolist() == [[1] * 7, [2, 2, 2, 0, 0, 3, 3], [4, *[-1] * 6]]

@@ -9,7 +9,7 @@ from imitate_ds.planning.memory import KINDS, Placed, Precision, Size, Stage, Wo
 from imitate_ds.planning.trace import Trace, Traces
 
 MILLION = 10**6
-SIZE = Size(trained=100 * MILLION, lowered=0, largest=MILLION, frozen=0, small=0, buffers=0, batch_norms=0, modules=10)
+SIZE = Size(trained=100 * MILLION, lowered=0, largest=MILLION, frozen=0, each=(), buffers=0, batch_norms=0, modules=10)
 FULL, HALF = Precision(4, autocast=False), Precision(2, autocast=False)
 NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -93,6 +93,24 @@ def test_zero_3_fetches_ahead_in_the_forward_pass() -> None:
         placed(ahead._replace(ahead=500 * MILLION), 8, study=1.0).kinds["communication buckets"] == 400 * MILLION
     )  # all there is
     assert placed(ahead, 1, study=1.0).moment != "forward"  # alone nothing has to be fetched
+    far = placed(ahead._replace(offloads_optimizer=True, offloads_parameters=True), 1, study=1.0)
+    assert far.kinds["communication buckets"] == 0  # from the host, each into memory of its own
+
+
+def test_texts_are_gathered_from_the_forward_pass_on() -> None:
+    loss = NO_LOSS._replace(gathered=7e6)
+    here, ahead = machine(8), stage_of(3)._replace(ahead=50 * MILLION)
+    work = Work(traces(1.0), loss, SIZE, FULL, ahead, here)
+    found = place(work, studies=10, chunk=10, batch_bytes=0.0, features_bytes=0.0)
+    assert (found.moment, found.kinds["gathered embeddings"]) == ("forward", 7e6)
+
+
+@pytest.mark.parametrize(("threshold", "whole"), [(0, 0), (999, 0), (1000, 1000), (10 * MILLION, 10 * MILLION + 1000)])
+def test_weights_that_zero_3_leaves_whole_are_those_up_to_its_threshold(threshold: int, whole: int) -> None:
+    size = SIZE._replace(each=(90 * MILLION - 1000, 10 * MILLION, 1000))
+    found = placed(stage_of(3)._replace(persistent=threshold), 8, size=size)
+    expected = 4 * ((100 * MILLION - whole) * (1 / 8 + 1) + whole * (1 + 1 / 8))
+    assert found.kinds["parameters"] == pytest.approx(expected)
 
 
 def test_buckets_by_hand() -> None:

@@ -16,7 +16,7 @@ from imitate_ds.planning.memory import Precision, Size, Stage, Work
 from imitate_ds.planning.step_time import StepTime, step_time
 from imitate_ds.planning.trace import KINDS, Trace, Traces, trace_pair
 
-SIZE = Size(trained=10**8, lowered=0, largest=10**6, frozen=0, small=0, buffers=0, batch_norms=0, modules=10)
+SIZE = Size(trained=10**8, lowered=0, largest=10**6, frozen=0, each=(), buffers=0, batch_norms=0, modules=10)
 NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
 RATES = Rates(matmul=1e12, convolution=1e12, depthwise=1e12, bandwidth=1e11, link=1e10, host_bandwidth=1, host_link=1)
 FULL = Precision(4, autocast=False)

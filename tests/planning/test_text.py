@@ -20,7 +20,9 @@ from transformers import (
 from imitate_ds.batch import Tokens
 from imitate_ds.config import build_run_config
 from imitate_ds.data.shard_index import load_index, read_samples
-from imitate_ds.data.text_cache import fit_texts
+from imitate_ds.data.shards import build_shards
+from imitate_ds.data.sources.phantom import PhantomSource
+from imitate_ds.data.text_cache import embed_shards, fit_texts
 from imitate_ds.models.huggingface_encoder import TextShape
 from imitate_ds.models.text_encoder import load_text_encoder
 from imitate_ds.models.text_tower import TextTower
@@ -46,7 +48,7 @@ def read(shards: Path | list[dict], data: dict | None = None, **text) -> Planned
 
 
 def planned(config, layers, *, on_cuda: bool = False, longest: int = FINDINGS) -> PlannedTower:
-    text = PlannedText(TextShape(config, 12, None), Lengths(FINDINGS, IMPRESSION, 6.0, longest), "")
+    text = PlannedText(TextShape(config, 12, None), Lengths(FINDINGS, IMPRESSION, 6.0, longest, FINDINGS * 2), "")
     return PlannedTower(text, layers, on_cuda=on_cuda).train()
 
 
@@ -139,14 +141,24 @@ def test_an_encoder_that_looks_at_what_it_reads_is_named() -> None:
 
 
 def test_a_small_micro_batch_meets_longer_reports() -> None:
-    lengths = Lengths(80.0, 20.0, 50.0, 256)
-    assert lengths.of_a_study(4, crowded=False) == lengths.of_a_study(400, crowded=False) == (80, 20)
-    assert lengths.of_a_study(4, crowded=True) == (140, 35)  # 3 standard deviations of a mean of four: 75 tokens
-    assert lengths.of_a_study(400, crowded=True) == (86, 22)
+    lengths = Lengths(80.0, 20.0, 50.0, 200, 256)
+    assert lengths.of_a_study() == (80, 20)
+    assert lengths.of_a_study(4) == (140, 35)  # 3 standard deviations of a mean of four: 75 tokens
+    assert lengths.of_a_study(400) == (86, 22)
+    assert lengths._replace(most=100).of_a_study(4) == (100, 35)  # no more than is read of a section
+    assert Lengths(0.0, 0.0, 0.0, 0, 256).of_a_study(2) == (1, 1)
     tower = planned(tiny_bert(20).config, "all")
     usual = trace(tower)
-    tower.crowded = True
+    tower.met = STUDIES
     assert trace(tower).saved > 1.1 * usual.saved
+
+
+def test_sections_apart_are_all_of_full_length_where_one_is() -> None:
+    shape = DistilBertConfig(vocab_size=20, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=24)
+    tower = planned(shape, "all")
+    usual = trace(tower)
+    tower.met = 1e9
+    assert trace(tower).flops.sum() == pytest.approx(2 * usual.flops.sum(), rel=0.1)
 
 
 def test_reports_that_are_here_are_counted(phantom_shards: Path, bert: Path) -> None:
@@ -174,8 +186,19 @@ def test_reports_are_those_that_the_run_reads(phantom_shards: Path, bert: Path) 
     assert whole.impression == pytest.approx(usual.findings + usual.impression - 2, abs=0.5)  # marked at its ends once
     val = read(phantom_shards, {"train_split": "val", "val_split": "train"}, encoder=str(bert)).lengths
     assert val != usual
-    twice = [{"shards": str(phantom_shards), "weight": weight} for weight in (1.0, 3.0)]
-    assert read(twice, encoder=str(bert)).lengths == pytest.approx(usual)
+
+
+def test_folders_count_by_the_studies_that_an_epoch_passes(phantom_shards: Path, bert: Path, tmp_path: Path) -> None:
+    source = PhantomSource(studies=30, seed=8, val_share=0.2)
+    build_shards(source, tmp_path / "few", image_size=64, workers=1, samples_per_shard=48, progress=False)
+    embed_shards(tmp_path / "few", load_text_encoder(str(phantom_shards / "text_encoder")))
+    folders = [phantom_shards, tmp_path / "few"]
+    many, few = (read(folder, encoder=str(bert)).lengths.findings for folder in folders)
+    assert abs(many - few) > 0.2
+    both = [{"shards": str(folder), "weight": weight} for folder, weight in zip(folders, (1.0, 2.0), strict=True)]
+    passed = [sum(shard.samples for shard in load_index(folder).of_split("train")) for folder in folders]
+    expected = np.average([many, few], weights=[passed[0], 2 * passed[1]])
+    assert read(both, encoder=str(bert)).lengths.findings == pytest.approx(expected)
 
 
 def test_tars_that_are_not_here_need_not_be(phantom_shards: Path, bert: Path, tmp_path: Path) -> None:
@@ -187,11 +210,11 @@ def test_tars_that_are_not_here_need_not_be(phantom_shards: Path, bert: Path, tm
 
 def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:
     found = read(tmp_path / "nowhere", max_tokens=1024)  # more than the BERT-base in its place reads
-    assert (found.shape.config.hidden_size, found.lengths) == (768, Lengths(80, 32, 56, 512))
+    assert (found.shape.config.hidden_size, found.lengths) == (768, Lengths(80, 32, 56, 512, 512))
     assert found.source == (
         "emilyalsentzer/Bio_ClinicalBERT is not here, a BERT-base is assumed; 112 tokens in a report assumed"
     )
-    assert read(tmp_path / "nowhere", {"impression_text": "report"}).lengths == Lengths(80, 112, 96, 256)
+    assert read(tmp_path / "nowhere", {"impression_text": "report"}).lengths == Lengths(80, 112, 96, 256, 256)
 
 
 def test_shards_whose_encoder_cannot_learn_are_refused(phantom_shards: Path) -> None:

@@ -11,18 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imitate_ds.batch import Batch
 from imitate_ds.config import ModelConfig
+from imitate_ds.models.huggingface_encoder import TextShape
 from imitate_ds.models.imitate import ImitateModel
-from imitate_ds.planning.subject import _step
-from imitate_ds.planning.trace import KINDS, trace_pair, trace_step
+from imitate_ds.planning.subject import _crowded, _step
+from imitate_ds.planning.text import Lengths, PlannedText, PlannedTower
+from imitate_ds.planning.trace import KINDS, Traces, trace_pair, trace_step
+from tests.tiny_bert import tiny_bert
 
 SMALL = {"image_encoder": "test_resnet", "joint_dim": 16, "text_hidden": 16}
+LENGTHS = Lengths(8.0, 4.0, 4.0, 12, 12)
 AGGREGATION = {"pool": 4, "slots": 128, "keep": [0.25, 0.25, 0.25, 0.25]}
 
 
-def small_model(encoder: str = "test_resnet") -> ImitateModel:
-    return ImitateModel(
-        ModelConfig(**{**SMALL, "image_encoder": encoder, "aggregation": AGGREGATION}), 24, input_size=32
-    )
+def small_model(encoder: str = "test_resnet", text_width: int = 24) -> ImitateModel:
+    config = ModelConfig(**{**SMALL, "image_encoder": encoder, "aggregation": AGGREGATION})
+    return ImitateModel(config, text_width, input_size=32)
 
 
 step = partial(_step, size=32, text_width=24)
@@ -127,3 +130,22 @@ def test_a_model_that_changes_with_the_batch_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="not on one line"):
         trace_pair(nn.Linear(4, 4), changing, (2, 4))
+
+
+def test_reports_of_any_length_lie_on_a_parabola_through_three() -> None:
+    tower = PlannedTower(
+        PlannedText(TextShape(tiny_bert(20).config, 12, None), LENGTHS, ""), "all", on_cuda=False
+    ).train()
+    model = small_model(text_width=tower.width).train()
+    model.text_tower = tower
+
+    def pair() -> Traces:
+        return trace_pair(model, step, (16, 32))
+
+    crowded = _crowded(model, pair(), pair, 32)
+    assert len(crowded.by_length) == 3
+    for studies in (3, 8, 200):
+        tower.met = studies
+        expected, found = trace_step(model, step, studies), crowded.at(studies)
+        for column in ("live", "finished", "flops", "moved"):
+            np.testing.assert_allclose(getattr(found, column), getattr(expected, column), rtol=1e-9)
