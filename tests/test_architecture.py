@@ -75,7 +75,7 @@ ONLY_IN = {
     "fsspec": {"data.shard_transport"},
     "aiohttp": {"data.shard_transport"},
     "simplejpeg": {"data.stored_images"},
-    "pydicom": {"data.radiographs"},
+    "pydicom": {"data.dicom", "data.dicom_display"},
     "pydantic": {"benchmark_config", "config", "finetune_config", "run_file", "scale_config"},
     "yaml": {"run_file"},
     "typer": {"cli"},

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imitate_ds.data import radiographs
+from imitate_ds.data import dicom, grey_levels
+from imitate_ds.data.dicom import read_dicom_header
 from imitate_ds.data.radiographs import decode_radiograph, load_radiograph
 
 
@@ -92,7 +93,7 @@ def png_that_claims(width, height):
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
     with pytest.raises(ValueError, match="image too large: more than 178,956,970 pixels"):
         decode_radiograph(png_that_claims(20_000, 20_000))
-    monkeypatch.setattr(radiographs, "MAX_PIXELS", 1_000)
+    monkeypatch.setattr(grey_levels, "MAX_PIXELS", 1_000)
     with pytest.raises(ValueError, match="image too large: 2,400 pixels, more than 1,000"):
         decode_radiograph(encoded(Image.fromarray(ramp()), "PNG"))
 
@@ -392,7 +393,7 @@ def broken_fields(data):
 
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM")
-    monkeypatch.setattr(radiographs, "find_spec", lambda name: None)
+    monkeypatch.setattr(dicom, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'imitate-ds\[dicom\]'"):
         load_radiograph(tmp_path / "a.dcm")
 
@@ -639,7 +640,7 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch)
     deflate = zlib.compressobj(9, wbits=-15)
     bomb = deflate.compress(zlib.decompress(data[start:], -15) + bytes(50_000_000)) + deflate.flush()
     path.write_bytes(data[:start] + bomb)
-    monkeypatch.setattr(radiographs, "MAX_FILE_BYTES", 10_000_000)
+    monkeypatch.setattr(dicom, "MAX_FILE_BYTES", 10_000_000)
     tracemalloc.start()
     with pytest.raises(ValueError, match="image file too large: it inflates to more than 10,000,000 bytes"):
         load_radiograph(path)
@@ -651,7 +652,7 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["a.png", "a.dcm"])
 def test_a_file_too_large_is_refused_unread(tmp_path, name):
     with (tmp_path / name).open("wb") as file:
-        file.truncate(radiographs.MAX_FILE_BYTES + 1)
+        file.truncate(grey_levels.MAX_FILE_BYTES + 1)
     with pytest.raises(ValueError, match="image file too large: 536,870,913 bytes, more than 536,870,912"):
         load_radiograph(tmp_path / name)
 
@@ -829,7 +830,7 @@ def test_look_up_tables_of_every_depth(tmp_path, syntax, kind, tags):
     transcode(path, tmp_path / "b.dcm", syntax)
     shown = CURVE[waves(12, kind).astype(int) + (2048 if kind == "i2" else 0)]
     if "ModalityLUTSequence" in tags and "WindowCenter" not in tags:
-        shown = shown.clip(*np.percentile(shown, radiographs.PERCENTILES))
+        shown = shown.clip(*np.percentile(shown, grey_levels.PERCENTILES))
     assert distance(load_radiograph(tmp_path / "b.dcm"), over_greys(shown)) <= 1
 
 
@@ -914,10 +915,10 @@ def test_a_file_without_pixels_says_so(tmp_path):
 
 def test_a_dicom_header_is_read_without_the_pixels(tmp_path):
     path = save_dicom(tmp_path / "a.dcm", ramp(height=40, width=60), bits=8)
-    assert radiographs.read_dicom_header(path) == ("patient17", 40, 60)
+    assert read_dicom_header(path) == ("patient17", 40, 60)
     path.write_bytes(path.read_bytes()[:-1000])  # of the pixels
-    assert radiographs.read_dicom_header(path) == ("patient17", 40, 60)
-    assert radiographs.read_dicom_header(save_dicom(path, ramp(), bits=8, PatientID=" ")).patient_id == ""
+    assert read_dicom_header(path) == ("patient17", 40, 60)
+    assert read_dicom_header(save_dicom(path, ramp(), bits=8, PatientID=" ")).patient_id == ""
 
 
 def test_a_header_that_cannot_be_read_is_refused_without_its_content(tmp_path):
@@ -925,7 +926,7 @@ def test_a_header_that_cannot_be_read_is_refused_without_its_content(tmp_path):
     for data in (b"", b"patient17", b"\0" * 128 + b"DICM"):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"damaged DICOM file \(\w+\)$"):
-            radiographs.read_dicom_header(path)
+            read_dicom_header(path)
     with pytest.raises(OSError, match="No such file or directory") as error:
-        radiographs.read_dicom_header(tmp_path / "patient18.dcm")
+        read_dicom_header(tmp_path / "patient18.dcm")
     assert "patient18" not in str(error.value)

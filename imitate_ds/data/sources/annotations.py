@@ -8,7 +8,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from imitate_ds.data.radiographs import load_radiograph, read_dicom_header
+from imitate_ds.data.dicom import read_dicom_header
+from imitate_ds.data.radiographs import load_radiograph
 from imitate_ds.data.sources.base import OUTSIDE, RadiographRef, Study, reader_files
 from imitate_ds.data.sources.rows import Row, check_patient_splits, described, parse_split, read_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imitate_ds.data.radiographs import DicomHeader, read_dicom_header
+from imitate_ds.data.dicom import DicomHeader, read_dicom_header
 from imitate_ds.data.sources.annotations import image_file, image_study, read_patient_splits
 from imitate_ds.data.sources.base import Published, Study
 from imitate_ds.data.sources.rows import Row, described, read_rows, split_by_hash
