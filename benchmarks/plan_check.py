@@ -2,10 +2,10 @@
 
     python benchmarks/plan_check.py [--out benchmarks/results/plan_check_cpu.json] [--only resnet18]
 
-First the machine is calibrated: a linear layer, the convolutions of ResNet's four stages, a depthwise one, an addition, the
-launch of an operation, an all-reduce between two processes, ZeRO-3's hooks on a stack of linear layers; and what a process needs
-besides tensors, on timm's tiny test_resnet. Then every case is predicted, then it is run: DeepSpeed, real model, real loss, real
-optimizer, one process a rank, two processes a case.
+First the machine is calibrated: a linear layer, the convolutions of ResNet's four stages, a depthwise one, an addition, an Adam
+step, the launch of an operation, an all-reduce between two processes, ZeRO-3's hooks on a stack of linear layers; and what a
+process needs besides tensors, on timm's tiny test_resnet. Then every case is predicted, then it is run: DeepSpeed, real model,
+real loss, real optimizer, one process a rank, two processes a case.
 
 Memory is the peak of a rank's resident set (VmHWM, which is set back after imports and the start of the process group) above what
 was resident then. glibc keeps what is freed, so for this every block above 64 KiB is a mapping of its own
@@ -258,6 +258,7 @@ def calibrate() -> dict:
         "convolution": _convolution(),
         "depthwise": 3 * 2 * images.numel() * 49 / _least(lambda: depthwise(images).sum().backward()),
         "bandwidth": 3 * several.nbytes / _least(lambda: [row + several[0] for row in several]),
+        "in_place": _in_place(),
         "launch": _launch(),
         "host_bandwidth": 1.0,
         "host_link": 1.0,
@@ -278,6 +279,13 @@ def _convolution() -> float:
 def _images(count: int, channels: int, pixels: int) -> torch.Tensor:
     images = torch.randn(count, channels, pixels, pixels)
     return images.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def _in_place() -> float:
+    """Bytes a second of an Adam step, which reads four numbers of an element and writes three."""
+    weights = torch.nn.Parameter(torch.zeros(2**23))
+    weights.grad = torch.ones_like(weights)
+    return 7 * weights.nbytes / _least(torch.optim.AdamW([weights], fused=True).step)
 
 
 def _launch() -> float:

@@ -18,7 +18,16 @@ from imitate_ds.planning.trace import KINDS, Trace, Traces, trace_pair
 
 SIZE = Size(trained=10**8, lowered=0, largest=10**6, frozen=0, each=(), buffers=0, batch_norms=0, modules=10)
 NO_LOSS = LossCost("dense", 0, 0, 0, 0, 0, 0, 0, 0)
-RATES = Rates(matmul=1e12, convolution=1e12, depthwise=1e12, bandwidth=1e11, link=1e10, host_bandwidth=1, host_link=1)
+RATES = Rates(
+    matmul=1e12,
+    convolution=1e12,
+    depthwise=1e12,
+    bandwidth=1e11,
+    in_place=2e11,
+    link=1e10,
+    host_bandwidth=1,
+    host_link=1,
+)
 FULL = Precision(4, autocast=False)
 
 
@@ -66,9 +75,20 @@ def test_on_a_cpu_messages_hide_behind_nothing() -> None:
     assert time_of(early, on_cuda=True).parameters == 0
 
 
-def test_gradcache_goes_forward_twice() -> None:
+@pytest.mark.parametrize(
+    ("number", "ranks", "copies", "own"),
+    [(0, 1, 4, 1), (0, 4, 4, 1), (1, 1, 7, 1), (2, 4, 7, 1 / 4), (3, 1, 4, 1), (3, 4, 7 + 5 * 1.5, 1 / 4)],
+)
+def test_the_optimizer_steps_its_part_and_copies_all(number: int, ranks: int, copies: float, own: float) -> None:
+    size = SIZE._replace(frozen=SIZE.trained // 2)
+    found = step_time(Work(steady(), NO_LOSS, size, FULL, stage_of(number), machine(ranks)), studies=8, chunk=8)
+    assert found.optimizer == pytest.approx(40 * own * 1e8 / 2e11 + copies * 4e8 / 1e11)
+
+
+def test_gradcache_goes_forward_twice_and_adds_up_gradients() -> None:
     found = step_time(Work(steady(), NO_LOSS, SIZE, FULL, stage_of(1), machine(1)), studies=8, chunk=2)
     assert found.recomputed == pytest.approx(4)  # four chunks
+    assert found.memory_bound == pytest.approx(4 + 3 * 12 * 1e8 / 2e11)
     assert found.gradients == found.parameters == 0
 
 
