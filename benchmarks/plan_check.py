@@ -2,10 +2,10 @@
 
     python benchmarks/plan_check.py [--out benchmarks/results/plan_check_cpu.json] [--only resnet18]
 
-First the machine is calibrated: a linear layer, the convolutions of ResNet's four stages, a depthwise one, an addition, an Adam
-step, the launch of an operation, an all-reduce between two processes, ZeRO-3's hooks on a stack of linear layers; and what a
-process needs besides tensors, on timm's tiny test_resnet. Then every case is predicted, then it is run: DeepSpeed, real model,
-real loss, real optimizer, one process a rank, two processes a case.
+First the machine is calibrated: a linear layer, the convolutions of ResNet's four stages, a depthwise one, norms and
+activations, what memory taken anew costs, the launch of an operation, an all-reduce between two processes, ZeRO-3's hooks on a
+stack of linear layers; and what a process needs besides tensors, on timm's tiny test_resnet. Then every case is predicted, then
+it is run: DeepSpeed, real model, real loss, real optimizer, one process a rank, two processes a case.
 
 Memory is the peak of a rank's resident set (VmHWM, which is set back after imports and the start of the process group) above what
 was resident then. glibc keeps what is freed, so for this every block above 64 KiB is a mapping of its own
@@ -69,7 +69,8 @@ CASES = [
     Case("vit_tiny_patch16_224", 128, 8, "zero1", 1),
     Case("convnext_atto", 128, 8, "zero1", 1),
     Case("resnet18", 128, 8, "zero2", 2),
-    Case("resnet50", 128, 8, "zero2", 1, 2),
+    Case("resnet50", 128, 8, "zero2", 1, 2),  # passes of four images: see _convolution
+    Case("resnet50", 128, 16, "zero2", 1, 8),
     Case("resnet18", 128, 8, "zero3", 2),
     Case("resnet50", 128, 8, "zero0", 1),
     Case("convnext_atto", 128, 16, "zero1", 2),
@@ -252,13 +253,12 @@ def calibrate() -> dict:
     rows, linear = torch.randn(1024, 256, requires_grad=True), torch.nn.Linear(256, 1024)
     depthwise = torch.nn.Conv2d(128, 128, 7, padding=3, groups=128)
     images = _images(16, 128, 28)
-    several = torch.randn(8, 2**22)  # more than the cache holds
     return {
         "matmul": 3 * 2 * 1024 * 256 * 1024 / _least(lambda: linear(rows).sum().backward()),
         "convolution": _convolution(),
         "depthwise": 3 * 2 * images.numel() * 49 / _least(lambda: depthwise(images).sum().backward()),
-        "bandwidth": 3 * several.nbytes / _least(lambda: [row + several[0] for row in several]),
-        "in_place": _in_place(),
+        "bandwidth": _bandwidth(),
+        "pages": _pages(),
         "launch": _launch(),
         "host_bandwidth": 1.0,
         "host_link": 1.0,
@@ -266,10 +266,13 @@ def calibrate() -> dict:
 
 
 def _convolution() -> float:
-    """Operations a second over ResNet's four stages, 1 x 1 and 3 x 3, eight images: one shape alone is up to half faster."""
+    """Operations a second over ResNet's four stages, 1 x 1 and 3 x 3: one shape alone is up to half faster.
+
+    Of sixteen images: for fewer, torch has slower 1 x 1 convolutions where it has one thread.
+    """
     operations, seconds = 0, 0.0
     for channels, kernel in product((64, 128, 256, 512), (1, 3)):
-        images = _images(8, channels, 56 * 64 // channels)
+        images = _images(16, channels, 56 * 64 // channels)
         layer = torch.nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         operations += 3 * 2 * images.numel() * channels * kernel**2
         seconds += _least(lambda layer=layer, images=images: layer(images).sum().backward())
@@ -281,11 +284,38 @@ def _images(count: int, channels: int, pixels: int) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def _in_place() -> float:
-    """Bytes a second of an Adam step, which reads four numbers of an element and writes three."""
-    weights = torch.nn.Parameter(torch.zeros(2**23))
-    weights.grad = torch.ones_like(weights)
-    return 7 * weights.nbytes / _least(torch.optim.AdamW([weights], fused=True).step)
+def _bandwidth() -> float:
+    """Bytes a second, as a trace counts them, of norms and activations: of ResNet's four stages, and of a ViT's rows."""
+    from imitate_ds.planning.trace import trace_step
+
+    def layers(norm: type[torch.nn.Module], act: type[torch.nn.Module], width: int) -> torch.nn.Sequential:
+        return torch.nn.Sequential(*(layer for _ in range(4) for layer in (norm(width), act())))
+
+    cases = [
+        (
+            torch.nn.BatchNorm2d,
+            torch.nn.ReLU,
+            channels,
+            lambda channels=channels: _images(8, channels, 56 * 64 // channels),
+        )
+        for channels in (64, 128, 256, 512)
+    ]
+    cases += [
+        (torch.nn.LayerNorm, torch.nn.GELU, width, lambda width=width: torch.randn(8, 196, width).requires_grad_())
+        for width in (192, 768)
+    ]
+    moved, seconds = 0.0, 0.0
+    for norm, act, width, rows in cases:
+        moved += trace_step(layers(norm, act, width), lambda model, _, rows=rows: model(rows()).sum(), 1).moved.sum()
+        model, given = layers(norm, act, width), rows()
+        seconds += _least(lambda model=model, given=given: model(given).sum().backward())
+    return moved / seconds
+
+
+def _pages() -> float:
+    """CPU seconds, of a byte of memory that the system has to find: of a block too large for malloc to keep."""
+    block = torch.ones(2**25)
+    return max(0.0, _least(lambda: block + 1.0) - _least(lambda: block.add_(1.0))) / block.nbytes
 
 
 def _launch() -> float:

@@ -53,14 +53,14 @@ class Rates(NamedTuple):
     matmul: float  # FLOP/s
     convolution: float
     depthwise: float
-    bandwidth: float  # bytes/s of its memory, into memory taken anew
-    in_place: float  # bytes/s of its memory, where nothing is taken: on a CPU no page has to be found
+    bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to the other ranks, in each direction
     host_bandwidth: float  # bytes/s of the host's memory, of one rank
     host_link: float  # bytes/s between host and device
     launch: float = 0.0  # seconds of the host, of an operation
     hooks: float = 0.0  # seconds of the host, of ZeRO-3 at a module with weights, forward or backward
     meet: float = 0.0  # seconds, of a collective beside its bytes
+    pages: float = 0.0  # seconds, of a byte of memory that a step takes anew: a CPU's system finds its pages each time
     overhead: float = 0.0  # bytes that no tensor of ours explains
     fragments: float = 0.0  # share of what is allocated in a step
 
@@ -105,13 +105,11 @@ def _rates(end: str, device: Device, precision: Precision, nodes: int, interconn
     link = device.link * 1e9 * assumed("share of the link in a node", end)
     if nodes > 1:  # a ring leaves every node once, over all of its ports
         link = min(link, interconnect * 1e9 * assumed("share of the link between nodes", end))
-    bandwidth = device.bandwidth * 1e9 * assumed("share of memory bandwidth", end)
     return Rates(
         matmul=products * assumed("share of peak, matrix products", end),
         convolution=convolutions * assumed("share of peak, convolutions", end),
         depthwise=convolutions * assumed("share of peak, depthwise convolutions", end),
-        bandwidth=bandwidth,
-        in_place=bandwidth,
+        bandwidth=device.bandwidth * 1e9 * assumed("share of memory bandwidth", end),
         link=link,
         host_bandwidth=1e9 * assumed("GB/s of host memory for a rank", end),
         host_link=1e9 * assumed("GB/s between host and device", end),

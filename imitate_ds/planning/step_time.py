@@ -9,14 +9,13 @@ from imitate_ds.planning.loss import FLOAT
 from imitate_ds.planning.memory import Precision, Size, Stage, Work
 from imitate_ds.planning.trace import KINDS, Trace
 
-# Bytes of an element that the optimizer passes over in place: Adam reads and writes weight and both moments and reads the
+# Bytes of an element that the optimizer passes over: Adam reads and writes weight and both moments and reads the
 # gradient (28), the norm and clipping touch it three times (12).
 ADAM_TRAFFIC = 40
-# Passes over what is copied into memory taken anew: gradients into a bucket and back; ZeRO flattens them once more, and copies
-# weights back. What ZeRO-3 gathers goes through a flat buffer. With these a stack of linear layers on a CPU takes what it was
-# measured to take at every stage, alone and on two ranks, within 15 %.
-GRADIENT_COPIES = {0: 4, 1: 7, 2: 7, 3: 7}
-GATHERED_COPIES = 5
+# Passes over gradients, and copies of them in memory taken anew: they go flat, and back; ZeRO flattens them once more, and brings
+# weights back. What ZeRO-3 gathers goes through a flat buffer.
+PASSES, COPIES = {0: 4, 1: 7, 2: 7, 3: 7}, {0: 1, 1: 2, 2: 2, 3: 2}
+GATHERED_PASSES, GATHERED_COPIES = 5, 2
 
 
 class StepTime(NamedTuple):
@@ -54,14 +53,15 @@ def step_time(work: Work, *, studies: int, chunk: int, end: str = "likely") -> S
     gather = _gathering_seconds(size, precision, stage, machine.ranks, rates, chunks=chunks)
     if hidden and stage.stage == 3 and stage.overlap:
         gather = max(0.0, gather - forward * (1 + (chunks > 1)))
-    added_up = 3 * (chunks - 1) * size.trained * precision.weights / rates.in_place  # gradients of the chunks
+    added_up = 3 * (chunks - 1) * size.trained * precision.weights / rates.bandwidth  # gradients of the chunks
+    taken = trace.peak() * chunks * rates.pages
     texts = max(0.0, loss.hidden_wire / rates.link - forward * hidden)
     norms = (
         2 * size.batch_norms * (chunks + (chunks > 1)) * rates.meet if machine.on_cuda and machine.ranks > 1 else 0.0
     )
     return StepTime(
         compute,
-        float(forward + backward - compute) + added_up,
+        float(forward + backward - compute) + added_up + taken,
         launching,
         float(again),
         max(loss.flops / rates.matmul, loss.moved / rates.bandwidth),
@@ -118,12 +118,13 @@ def _gathering_seconds(
 def _optimizer_seconds(size: Size, precision: Precision, stage: Stage, machine: Machine, rates: Rates) -> float:
     """The step, and the copies around it."""
     own = size.trained / (machine.ranks if stage.stage else 1)
-    alone_at_3 = stage.stage == 3 and machine.ranks == 1  # nothing to share out: no more than without ZeRO
-    copied = GRADIENT_COPIES[0 if alone_at_3 else stage.stage] * size.trained
-    if stage.stage == 3 and machine.ranks > 1:
-        copied += GATHERED_COPIES * size.sharded(stage)
-    copies = copied * precision.weights / rates.bandwidth
+    kind = 0 if stage.stage == 3 and machine.ranks == 1 else stage.stage  # alone there is nothing to share out
+    passed, taken = PASSES[kind] * size.trained, COPIES[kind] * size.trained
+    if kind == 3:
+        passed += GATHERED_PASSES * size.sharded(stage)
+        taken += GATHERED_COPIES * size.sharded(stage)
+    copies = precision.weights * (passed / rates.bandwidth + taken * rates.pages)
     if not stage.offloads_optimizer:
-        return own * ADAM_TRAFFIC / rates.in_place + copies
+        return own * ADAM_TRAFFIC / rates.bandwidth + copies
     there_and_back = own * 2 * FLOAT / rates.host_link
     return own * ADAM_TRAFFIC / rates.host_bandwidth + there_and_back + copies

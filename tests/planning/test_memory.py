@@ -26,7 +26,7 @@ def traces(bytes_of_a_study: float) -> Traces:
 
 
 def machine(ranks: int, *, on_cuda: bool = True) -> Machine:
-    rates = Rates(1, 1, 1, 1, 1, 1, 1, 1)
+    rates = Rates(1, 1, 1, 1, 1, 1, 1)
     return Machine("test", 1, ranks, 80e9, on_cuda, {"likely": rates})
 
 
