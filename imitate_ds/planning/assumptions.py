@@ -39,7 +39,7 @@ ASSUMED = {
     "share of the device's watts": Span(1.0, 0.8, 0.6, "assumed: of its thermal design power, while it trains"),
     "watts of all over watts of devices": Span(1.8, 1.5, 1.3, "assumed: host, network, cooling; DGX H100: 10.2 kW for 8 x 700 W"),
 }  # fmt: skip
-# Peaks lie up to 1.093 times above what was said of them, and never below (14 cases, benchmarks/results/plan_check_cpu.json).
+# Peaks lie up to 1.089 times above what was said of them (15 cases, benchmarks/results/plan_check_cpu.json).
 UNSEEN = 1.10
 # Of findings and impression, where no report is here to be counted: assumed for MIMIC-CXR; in Open-i they are half as long.
 USUAL_TOKENS = (80, 32)
