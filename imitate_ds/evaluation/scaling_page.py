@@ -109,7 +109,8 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
             means.set(markersize=6, markeredgecolor="white", markeredgewidth=0.5)
             continue
         x = np.geomspace(line.law.low, line.law.high, 100)
-        style = {"ls": ":" if best else "-", "lw": 1.6 if best else 1.2, "color": colour}
+        style = {"ls": ":" if best else "-", "lw": 1.6 if best else 1.2, "color": colour, "marker": marker, "ms": 4}
+        style["markevery"] = 33
         axes.plot(x, line.law.at(x), label=f"{line.name}: {_formula(line.law)}", **style)
         if band := line.law.band(x):
             axes.fill_between(x, *band, color=colour, alpha=0.12, lw=0)

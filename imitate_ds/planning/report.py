@@ -44,7 +44,8 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             "memory": machine.memory,
             "rates": {end: rates._asdict() for end, rates in machine.rates.items()},
         },
-        "model": subject.size._asdict() | subject.precision._asdict(),
+        "model": {name: value for name, value in subject.size._asdict().items() if name != "each"}
+        | subject.precision._asdict(),
         "data": data._asdict(),
         "studies_per_rank": subject.studies,
         "loss": plan.loss._asdict(),

@@ -109,6 +109,8 @@ def _gathering_seconds(
     once = (ranks - 1) / ranks * sent / rates.link + rates.meet if ranks > 1 and stage.stage else 0.0
     if stage.stage < 3:
         return once
+    if ranks > 1:
+        once += sent * (GATHERED_PASSES / rates.bandwidth + GATHERED_COPIES * rates.pages)
     if stage.offloads_parameters:
         once += sent / ranks / rates.host_link
     forward, backward = (2 * chunks, chunks) if chunks > 1 else (1, 1)
@@ -119,11 +121,7 @@ def _optimizer_seconds(size: Size, precision: Precision, stage: Stage, machine: 
     """The step, and the copies around it."""
     own = size.trained / (machine.ranks if stage.stage else 1)
     kind = 0 if stage.stage == 3 and machine.ranks == 1 else stage.stage  # alone there is nothing to share out
-    passed, taken = PASSES[kind] * size.trained, COPIES[kind] * size.trained
-    if kind == 3:
-        passed += GATHERED_PASSES * size.sharded(stage)
-        taken += GATHERED_COPIES * size.sharded(stage)
-    copies = precision.weights * (passed / rates.bandwidth + taken * rates.pages)
+    copies = size.trained * precision.weights * (PASSES[kind] / rates.bandwidth + COPIES[kind] * rates.pages)
     if not stage.offloads_optimizer:
         return own * ADAM_TRAFFIC / rates.bandwidth + copies
     there_and_back = own * 2 * FLOAT / rates.host_link

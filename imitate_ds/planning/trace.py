@@ -68,7 +68,7 @@ class Traces(NamedTuple):
 class CrowdedTraces(NamedTuple):
     """The same step where rows of tokens are the longer the fewer studies there are; attention grows with their square."""
 
-    by_length: dict[int, Traces]  # of a row; three of them are exact
+    by_length: dict[int, Traces]  # of a row; three are exact, two say too much between them
     length_of: Callable[[float], float]  # of a row, at a micro batch
 
     def at(self, studies: float) -> Trace:

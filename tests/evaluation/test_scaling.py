@@ -4,9 +4,10 @@ import csv
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from imitate_ds.evaluation.scaling_laws import AXES, FRONTIER, lines_of, measures
-from imitate_ds.evaluation.scaling_page import _looks, write_scaling
+from imitate_ds.evaluation.scaling_page import _draw, _looks, write_scaling
 from imitate_ds.evaluation.scaling_rows import Planned, ScalingRow, read_row
 
 COUNTERS = {
@@ -148,6 +149,24 @@ def test_an_encoder_has_one_colour_and_its_lines_each_a_marker():
     assert {colour for colour, _ in small - {looks[FRONTIER]}}.isdisjoint(colour for colour, _ in large)
     alone = _looks([line for line in lines if line.rows[0].encoder == "small" and line.name != FRONTIER])
     assert len({colour for colour, _ in alone.values()}) == 3  # with that of the line of the best
+
+
+def test_laws_of_one_encoder_are_told_apart():
+    rows = [
+        _row("small", share, batch=batch, seed=seed)
+        for share in (0.25, 0.5, 1.0)
+        for batch in (32, 64)
+        for seed in (0, 1)
+    ]
+    rows = [row._replace(train_studies=round(1000 * row.share)) for row in rows]
+    rows += [row._replace(encoder="large") for row in rows]
+    axes = Figure().subplots()
+    lines = lines_of(rows, AXES[1], measures(rows)[0])
+    assert len(lines) == 4
+    assert all(line.law for line in lines)
+    _draw(axes, lines)
+    handles, _ = axes.get_legend_handles_labels()
+    assert len({(it.get_color(), it.get_linestyle(), it.get_marker()) for it in handles}) == 4
 
 
 def test_the_page_needs_no_other_file_and_the_table_holds_every_run(rows, tmp_path):
