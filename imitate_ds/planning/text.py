@@ -132,7 +132,7 @@ class PlannedTower(TextTower):
         self.met: float | None = None  # of how many studies long reports meet; None: those of the mean do
 
     def row_length(self, met: float | None, *, with_findings: bool) -> int:
-        """Tokens."""
+        """Tokens of a row where long reports meet among `met` studies; None: where those of the mean do."""
         if not self._packs:
             return self._lengths.longest if met is None else self._lengths.most
         findings, impression = self._lengths.of_a_study(met)
@@ -142,10 +142,8 @@ class PlannedTower(TextTower):
         studies, sections = len(tokens.lengths), 1 + with_findings
         length = self.row_length(self.met, with_findings=with_findings)
         if self._packs:
-            rows, mask = (
-                studies,
-                torch.ones(studies, 1, length, length, dtype=torch.bool),
-            )  # of 2-D it would be looked into
+            rows = studies
+            mask = torch.ones(rows, 1, length, length, dtype=torch.bool)  # of two dimensions it would be looked into
             options = {"position_ids": torch.zeros(rows, length, dtype=torch.long), "attention_mask": mask}
         else:
             rows, options = studies * sections, {}
